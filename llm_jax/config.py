@@ -1,0 +1,418 @@
+"""The typed configuration. A config file returns an ml_collections.ConfigDict; `parse` applies `--config.a.b=value`
+overrides to it and `build` turns it, once, into the frozen dataclasses that the rest of the code reads.
+
+`ConfigError` is the one exception for what a user can put right: commands print it as one line and exit with status 2.
+"""
+import ast
+import contextlib
+import dataclasses
+import difflib
+import importlib.util
+import pathlib
+import sys
+import traceback
+import types
+import typing
+
+from ml_collections import ConfigDict
+
+
+class ConfigError(ValueError):
+  """Something the user can put right; the message is one line: what was expected, what came, what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """One Transformer. Letters are those of the legend in models/transformer.py."""
+  vocab_size: int = 0              # V; 0: what the tokenizer has, rounded up to a multiple of 64
+  layers: int = 4                  # L
+  width: int = 256                 # D
+  heads: int = 4                   # N
+  kv_heads: int = 0                # K; 0: as many as heads (multi-head); 1: multi-query
+  head_dim: int = 0                # H; 0: width / heads
+  mlp_dim: int = 0                 # F; 0: 4 x width
+  max_length: int = 0              # longest position; 0: data.length
+  norm: str = 'rms'                # rms | layer
+  norm_position: str = 'before'    # before | after (post-norm on the sublayer's output) | both | post (original: after the residual)
+  norm_eps: float = 1e-6
+  norm_bias: bool = False
+  norm_learned: bool = True        # False: no scale (nor bias)
+  norm_unit_offset: bool = False   # scale is 1 + w (Gemma)
+  qk_norm: str = 'none'            # none | head (over H, per head) | full (over all heads, OLMo 2)
+  positions: str = 'rotary'        # rotary | learned | sinusoidal | alibi | none
+  rope_base: float = 10_000.0
+  rope_base_local: float = 0.0     # base of the sliding-window layers; 0: rope_base (Gemma 3 uses 10,000)
+  rope_fraction: float = 1.0       # share of H that rotates
+  rope_scaling: str = 'none'       # none | linear | yarn | llama3; sliding-window layers with a local base never scale
+  rope_factor: float = 1.0
+  rope_original_length: int = 0    # context the unscaled model was trained at (yarn, llama3)
+  rope_low_freq: float = 1.0       # llama3
+  rope_high_freq: float = 4.0      # llama3
+  rope_beta_fast: float = 32.0     # yarn
+  rope_beta_slow: float = 1.0      # yarn
+  rope_attention_factor: float = 0.0  # yarn; 0: 0.1 ln(factor) + 1
+  attention: str = 'causal'        # causal | prefix | bidirectional
+  attention_bias: bool = False     # on q, k, v
+  attention_out_bias: bool = False
+  attention_scale: float = 0.0     # 0: 1 / sqrt(head_dim)
+  attention_softcap: float = 0.0   # 0: off
+  windows: tuple[int, ...] = (0,)  # sliding window by layer, repeated over the depth; 0: all earlier positions
+  mlp: str = 'gelu'                # gelu (tanh) | gelu_exact | geglu | swiglu | relu2 | relu
+  mlp_bias: bool = False
+  parallel_residual: bool = False
+  tied_embeddings: bool = True
+  embedding_scale: bool = False    # multiply embeddings by sqrt(width)
+  embedding_norm: bool = False     # a norm straight after the embedding
+  logit_softcap: float = 0.0       # 0: off
+  embedding_skips: bool = False    # each layer mixes the embedding back into its input (modded-nanogpt)
+  value_skips: bool = False        # each layer mixes the first layer's values into its own (arXiv 2410.17897)
+  zero_init: bool = False          # output projections start at zero
+  init_scale: float = 1.0          # times 1/sqrt(fan in) for every matrix
+  embedding_init: float = 0.02     # standard deviation of the embedding
+  dropout: float = 0.0
+  encoder_layers: int = 0          # > 0: encoder-decoder with cross-attention
+  dtype: str = 'auto'              # compute: auto (bfloat16 on TPU and GPU, float32 on CPU) | float32 | bfloat16
+  kernel: str = 'auto'             # attention: auto | xla | cudnn | splash
+  remat: str = 'none'              # none | dots (keep matrix products) | full (keep only layer inputs)
+  unroll: bool = True              # unroll the scan over layers: faster steps, slower compile on deep models
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """One place documents come from; a mixture has several."""
+  source: str = 'stdlib'           # stdlib | text | jsonl | parquet | arrayrecord | tfds
+  path: str = ''                   # file, folder or glob; for tfds the dataset's name, as 'tiny_shakespeare' or 'name/config:1.0.0'
+  field: str = 'text'              # the text's key in jsonl, parquet, arrayrecord and tfds records
+  weight: float = 1.0              # share of the mixture's sequences, before temperature
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  source: str = 'stdlib'           # a Source's source, or 'mixture'
+  path: str = ''
+  field: str = 'text'
+  mixture: tuple[Source, ...] = () # the sources of 'mixture', as dicts
+  temperature: float = 1.0         # mixture weights ** (1 / temperature)
+  length: int = 256                # T: tokens per sequence
+  packing: str = 'concat'          # concat (one stream, as GPT) | pack (documents kept apart by segment ids)
+  valid: str = 'hash'              # hash (a fixed share of documents) | tail (the last share of the text) | given
+  valid_fraction: float = 0.05     # hash and tail
+  valid_path: str = ''             # given: like path; for tfds the name of a split
+  cache_dir: str = ''              # stores and tokenizers; '': $XDG_CACHE_HOME/llm_jax or ~/.cache/llm_jax
+  workers: int = 0                 # Grain worker processes; 0: threads
+  max_bad_records: int = 0         # corrupt records or bad UTF-8 to skip before failing
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+  kind: str = 'sentencepiece'      # byte | char | sentencepiece | hf
+  path: str = ''                   # a .model (sentencepiece) or tokenizer.json (hf) to load; '': train on the data
+  vocab_size: int = 4096           # sentencepiece, when trained
+  algorithm: str = 'bpe'           # sentencepiece: bpe | unigram
+  train_mb: float = 8.0            # text the tokenizer is trained on, evenly sampled
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+  steps: int = 1000                # 0: as many as fit in `minutes`
+  minutes: float = 0.0             # > 0: wall-clock budget of the training loop; steps are set from measured speed
+  batch_size: int = 32             # B: sequences per step, over all devices
+  accumulate: int = 1              # microbatches per step
+  accumulate_dtype: str = 'float32'
+  seed: int = 0
+  objective: str = 'causal'        # causal | prefix | masked | span
+  z_loss: float = 0.0
+  label_smoothing: float = 0.0
+  loss_chunk: int = 0              # positions per chunk of the cross-entropy; 0: all at once
+  ema: float = 0.0                 # decay of the parameters' moving average; 0: none kept
+  on_nonfinite: str = 'stop'       # stop | skip: what a step with a non-finite loss or gradient does (state unchanged)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  name: str = 'adamw'              # adamw | adafactor | lion | muon
+  learning_rate: float = 1e-3      # peak
+  matrix_learning_rate: float = 0.02  # muon: peak for the matrices; the rest uses learning_rate
+  schedule: str = 'cosine'         # constant | linear | cosine | inverse_sqrt | wsd
+  warmup_steps: int = 100
+  decay_fraction: float = 0.4      # wsd: share of the steps that decay
+  final_fraction: float = 0.1      # learning rate at the end, as a share of the peak
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  momentum: float = 0.95           # muon
+  weight_decay: float = 0.1        # on matrices and embeddings; not on scales and biases
+  clip_norm: float = 1.0           # global norm; 0: off
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+  """Devices per axis; -1 on one axis takes what is left."""
+  data: int = 1
+  fsdp: int = -1
+  tensor: int = 1
+  context: int = 1
+  expert: int = 1
+  stage: int = 1
+  distributed: bool = False        # call jax.distributed.initialize() (TPU pods, SLURM, GKE need no arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  every: int = 500                 # steps; 0: only at the end
+  keep: int = 2                    # newest steps kept
+  resume: bool = True              # go on from the newest step in workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+  every: int = 200                 # steps; 0: only at the end
+  batches: int = 16                # batches per periodic evaluation; the last evaluation uses all held-out text
+  batch_size: int = 0              # 0: train.batch_size
+  prompts: tuple[str, ...] = ()    # continued at every evaluation and in the report
+  samples: int = 0                 # further samples from an empty prompt at the end
+  max_tokens: int = 128
+  temperature: float = 0.8
+  top_p: float = 0.95
+  python: bool = False             # report how many samples ast.parse accepts, and gzip -9 and xz -9 of the held-out files
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+  every: int = 10                  # steps per console line
+  tensorboard: bool = True
+  progress: str = 'auto'           # auto (rich on a terminal, lines elsewhere) | rich | lines
+  profile: str = ''                # 'first:last' steps to trace with jax.profiler
+  compile_cache: bool = True       # keep compiled programs on disk between runs
+  co2_kg_per_kwh: float = 0.4      # assumed grid intensity for the report
+  cpu_watts_per_core: float = 10.0 # assumed power, where none can be read
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  model: Model = Model()
+  data: Data = Data()
+  tokenizer: Tokenizer = Tokenizer()
+  train: Train = Train()
+  optimizer: Optimizer = Optimizer()
+  mesh: Mesh = Mesh()
+  checkpoint: Checkpoint = Checkpoint()
+  eval: Eval = Eval()
+  log: Log = Log()
+  init_from: str = ''              # a run directory whose weights a new run starts from
+
+
+CHOICES = {
+    'model.norm': ('rms', 'layer'), 'model.norm_position': ('before', 'after', 'both', 'post'),
+    'model.qk_norm': ('none', 'head', 'full'),
+    'model.positions': ('rotary', 'learned', 'sinusoidal', 'alibi', 'none'),
+    'model.rope_scaling': ('none', 'linear', 'yarn', 'llama3'),
+    'model.attention': ('causal', 'prefix', 'bidirectional'),
+    'model.mlp': ('gelu', 'gelu_exact', 'geglu', 'swiglu', 'relu2', 'relu'),
+    'model.dtype': ('auto', 'float32', 'bfloat16'), 'model.kernel': ('auto', 'xla', 'cudnn', 'splash'),
+    'model.remat': ('none', 'dots', 'full'),
+    'data.source': ('stdlib', 'text', 'jsonl', 'parquet', 'arrayrecord', 'tfds', 'mixture'),
+    'data.packing': ('concat', 'pack'), 'data.valid': ('hash', 'tail', 'given'),
+    'tokenizer.kind': ('byte', 'char', 'sentencepiece', 'hf'), 'tokenizer.algorithm': ('bpe', 'unigram'),
+    'train.accumulate_dtype': ('float32', 'bfloat16'),
+    'train.objective': ('causal', 'prefix', 'masked', 'span'), 'train.on_nonfinite': ('stop', 'skip'),
+    'optimizer.name': ('adamw', 'adafactor', 'lion', 'muon'),
+    'optimizer.schedule': ('constant', 'linear', 'cosine', 'inverse_sqrt', 'wsd'),
+    'log.progress': ('auto', 'rich', 'lines'),
+}
+POSITIVE = ('model.layers', 'model.width', 'model.heads', 'data.length', 'data.temperature', 'train.batch_size',
+            'train.accumulate', 'checkpoint.keep', 'log.every', 'tokenizer.train_mb', 'model.init_scale')
+
+
+def nearest(word: str, words) -> str:
+  """'; nearest: x' for an error message, or every choice where nothing is near."""
+  near = difflib.get_close_matches(str(word), list(words), n=1, cutoff=0.5)
+  return f'; nearest: {near[0]!r}' if near else f'; one of: {", ".join(map(str, words))}'
+
+
+def load_file(spec: str) -> ConfigDict:
+  """Runs a config file. 'configs/x.py' calls get_config(), 'configs/x.py:arg' calls get_config('arg')."""
+  path, _, arg = spec.partition(':')
+  if not pathlib.Path(path).is_file():
+    near = [str(p) for p in pathlib.Path('configs').glob('*.py')]
+    raise ConfigError(f'--config: no file {path!r}{nearest(path, near) if near else ""}')
+  module_spec = importlib.util.spec_from_file_location('llm_jax_config_' + pathlib.Path(path).stem, path)
+  module = importlib.util.module_from_spec(module_spec)
+  sys.path.insert(0, str(pathlib.Path(path).resolve().parent))    # so that a config can `import base`
+  try:
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, 'get_config'):
+      raise ConfigError(f'--config: {path} has no get_config()')
+    return module.get_config(arg) if arg else module.get_config()
+  except (SyntaxError, ImportError, TypeError) as e:
+    raise ConfigError(f'--config: {path} failed: {type(e).__name__}: {e}') from e
+  finally:
+    sys.path.pop(0)
+
+
+def override(config: ConfigDict, key: str, text: str) -> None:
+  """Sets config.a.b from the text of `--config.a.b=text`, read as the type the key has."""
+  node, *path, leaf = [config, *key.split('.')]
+  for part in [*path, leaf]:
+    if not isinstance(node, ConfigDict) or part not in node:
+      names = list(node) if isinstance(node, ConfigDict) else []
+      raise ConfigError(f'--config.{key}: no such key {part!r}{nearest(part, names)}')
+    parent, node = node, node[part]
+  if leaf == 'model' and not path:
+    from llm_jax.models import presets
+    parent[leaf] = presets.preset(text.removeprefix('preset(').removesuffix(')').strip('\'"'))
+    return
+  if isinstance(node, ConfigDict):
+    raise ConfigError(f'--config.{key}: is a group; set one of its keys: {", ".join(node)}')
+  with config.unlocked():
+    parent[leaf] = text if isinstance(node, str) else _literal(key, text, type(node))
+
+
+def _literal(key, text, kind):
+  if kind is bool and text.lower() in ('true', 'false', '1', '0'):
+    return text.lower() in ('true', '1')
+  try:
+    value = ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    value = text
+  if kind is float and type(value) is int:
+    value = float(value)
+  if kind is int and type(value) is float and value.is_integer():
+    value = int(value)
+  if kind is tuple and not isinstance(value, (tuple, list)):
+    value = (value,)
+  value = tuple(value) if isinstance(value, list) else value
+  if type(value) is not kind:
+    raise ConfigError(f'--config.{key}: expected {kind.__name__}, got {text!r}')
+  return value
+
+
+def build(config: ConfigDict) -> Config:
+  """The frozen, validated Config of a ConfigDict. Raises ConfigError naming the key and the nearest right one."""
+  return check(_build(Config, config.to_dict() if isinstance(config, ConfigDict) else dict(config), ''))
+
+
+def _build(cls, values, prefix):
+  if not isinstance(values, dict):
+    raise ConfigError(f'config.{prefix.rstrip(".")}: expected a group of keys, got {values!r}')
+  types_by_name = typing.get_type_hints(cls)
+  for name in values:
+    if name not in types_by_name:
+      raise ConfigError(f'config.{prefix}{name}: no such key{nearest(name, types_by_name)}')
+  return cls(**{name: _cast(types_by_name[name], value, prefix + name) for name, value in values.items()})
+
+
+def _cast(kind, value, key):
+  if dataclasses.is_dataclass(kind):
+    return value if isinstance(value, kind) else _build(kind, value, key + '.')
+  if isinstance(kind, types.GenericAlias):
+    if not isinstance(value, (tuple, list)):
+      raise ConfigError(f'config.{key}: expected a tuple, got {value!r}')
+    return tuple(_cast(typing.get_args(kind)[0], v, f'{key}[{i}]') for i, v in enumerate(value))
+  if kind is float and type(value) is int:
+    value = float(value)
+  if type(value) is not kind:
+    raise ConfigError(f'config.{key}: expected {kind.__name__}, got {value!r}')
+  return value
+
+
+def check(config: Config) -> Config:
+  """Contradictions that need no device: returns config, or raises ConfigError naming the key."""
+  def get(key):
+    group, name = key.split('.')
+    return getattr(getattr(config, group), name)
+
+  for key, choices in CHOICES.items():
+    if get(key) not in choices:
+      raise ConfigError(f'config.{key}: {get(key)!r} is not known{nearest(get(key), choices)}')
+  for key in POSITIVE:
+    if get(key) <= 0:
+      raise ConfigError(f'config.{key}: expected a positive number, got {get(key)}')
+  m, d, t = config.model, config.data, config.train
+  if m.head_dim == 0 and m.width % m.heads:
+    raise ConfigError(f'config.model.heads: width {m.width} is not a multiple of {m.heads}; set model.head_dim')
+  if m.kv_heads and m.heads % m.kv_heads:
+    raise ConfigError(f'config.model.kv_heads: heads {m.heads} is not a multiple of {m.kv_heads}')
+  if m.positions == 'rotary' and int(derive(m).head_dim * m.rope_fraction) % 2:
+    raise ConfigError(f'config.model.head_dim: rotary positions need an even share, got {derive(m).head_dim} x '
+                      f'{m.rope_fraction}')
+  if m.rope_scaling in ('yarn', 'llama3') and not m.rope_original_length:
+    raise ConfigError(f'config.model.rope_original_length: rope_scaling={m.rope_scaling!r} needs it')
+  if not m.windows or min(m.windows) < 0:
+    raise ConfigError(f'config.model.windows: expected at least one window >= 0, got {m.windows}')
+  if not 0 <= m.dropout < 1:
+    raise ConfigError(f'config.model.dropout: expected 0 <= dropout < 1, got {m.dropout}')
+  if t.steps < 0 or t.minutes < 0 or (t.steps == 0 and t.minutes == 0):
+    raise ConfigError(f'config.train.steps: expected steps > 0, or minutes > 0; got {t.steps} and {t.minutes}')
+  if t.batch_size % t.accumulate:
+    raise ConfigError(f'config.train.accumulate: batch_size {t.batch_size} is not a multiple of {t.accumulate}')
+  if m.max_length and m.max_length < d.length:
+    raise ConfigError(f'config.model.max_length: {m.max_length} is shorter than data.length {d.length}')
+  if t.loss_chunk and d.length % t.loss_chunk:
+    raise ConfigError(f'config.train.loss_chunk: data.length {d.length} is not a multiple of {t.loss_chunk}')
+  needs = {'causal': 'causal', 'prefix': 'prefix', 'masked': 'bidirectional', 'span': 'prefix'}[t.objective]
+  if m.attention != needs:
+    raise ConfigError(f'config.model.attention: objective {t.objective!r} needs {needs!r}, got {m.attention!r}')
+  if (d.source == 'mixture') != bool(d.mixture):
+    raise ConfigError(f"config.data.mixture: expected sources exactly when data.source='mixture', got {d.mixture}")
+  for i, s in enumerate(d.mixture):
+    if s.source not in CHOICES['data.source'][:-1] or s.weight <= 0:
+      raise ConfigError(f'config.data.mixture[{i}]: expected a known source and a positive weight, got {s}')
+  if d.source not in ('stdlib', 'mixture') and not d.path:
+    raise ConfigError(f'config.data.path: source {d.source!r} needs a path')
+  if d.valid == 'given' and not d.valid_path:
+    raise ConfigError("config.data.valid_path: data.valid='given' needs it")
+  if d.valid != 'given' and not 0 < d.valid_fraction < 1:
+    raise ConfigError(f'config.data.valid_fraction: expected between 0 and 1, got {d.valid_fraction}')
+  if config.tokenizer.kind == 'hf' and not config.tokenizer.path:
+    raise ConfigError("config.tokenizer.path: tokenizer.kind='hf' needs a tokenizer.json")
+  if config.log.profile and not _is_range(config.log.profile):
+    raise ConfigError(f"config.log.profile: expected 'first:last' steps such as '10:13', got {config.log.profile!r}")
+  return config
+
+
+def _is_range(text):
+  first, _, last = text.partition(':')
+  return first.isdigit() and last.isdigit() and int(first) < int(last)
+
+
+def derive(model: Model, vocab_size: int = 0, length: int = 0) -> Model:
+  """Fills the fields that are 0 for 'derived': head_dim, kv_heads, mlp_dim, and, when given, vocab_size and max_length."""
+  return dataclasses.replace(
+      model, head_dim=model.head_dim or model.width // model.heads, kv_heads=model.kv_heads or model.heads,
+      mlp_dim=model.mlp_dim or 4 * model.width, max_length=model.max_length or length,
+      vocab_size=model.vocab_size or -(-vocab_size // 64) * 64)
+
+
+def to_dict(config: Config) -> dict:
+  """Plain, JSON-serialisable nested dict (tuples become lists); `build` reads it back."""
+  def plain(x):
+    if isinstance(x, dict):
+      return {k: plain(v) for k, v in x.items()}
+    return [plain(v) for v in x] if isinstance(x, (tuple, list)) else x
+  return plain(dataclasses.asdict(config))
+
+
+def diff(a: Config, b: Config) -> dict[str, tuple]:
+  """{'group.key': (value in a, value in b)} for every key that differs."""
+  def flat(node, prefix=''):
+    for name, value in node.items():
+      if isinstance(value, dict):
+        yield from flat(value, f'{prefix}{name}.')
+      else:
+        yield prefix + name, value
+  left, right = dict(flat(to_dict(a))), dict(flat(to_dict(b)))
+  return {key: (left[key], right[key]) for key in left if left[key] != right[key]}
+
+
+@contextlib.contextmanager
+def one_line_errors(debug: bool = False):
+  """What every command wraps its work in: a ConfigError or OSError becomes one line on stderr and exit status 2."""
+  try:
+    yield
+  except (ConfigError, OSError) as e:
+    if debug:
+      traceback.print_exc()
+    text = str(e) if isinstance(e, ConfigError) else f'{e.filename or "file"}: {e.strerror or e}'
+    print('error: ' + ' '.join(text.split()) + ('' if debug else '  (--debug shows where)'), file=sys.stderr)
+    raise SystemExit(2) from None

@@ -1,0 +1,102 @@
+"""The mesh, and the two tables that say how a tensor's letters lie on it.
+
+Every parameter and activation ends in its dims (`w_up_DF`, `x_BTD`); PARAM and ACT map those letters to mesh axes, so
+no parameter needs an annotation of its own. The letters are explained once, in models/transformer.py.
+"""
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+from llm_jax import config as config_lib
+from llm_jax.config import ConfigError
+
+AXES = ('data', 'fsdp', 'tensor', 'context', 'expert', 'stage')
+PARAM = dict(D='fsdp', V='tensor', N='tensor', K='tensor', F='tensor', E='expert')
+ACT = dict(B=('data', 'fsdp'), T='context', V='tensor', N='tensor', K='tensor', F='tensor', E='expert')
+
+
+def make_mesh(mesh: config_lib.Mesh, devices=None) -> jax.sharding.Mesh:
+  """The Mesh of a config over `devices` (default: all). Raises ConfigError where the sizes do not multiply to them."""
+  devices = jax.devices() if devices is None else devices
+  for axis in ('context', 'expert', 'stage'):
+    if getattr(mesh, axis) != 1:
+      raise ConfigError(f'config.mesh.{axis}: the name is reserved; only 1 is supported, got {getattr(mesh, axis)}')
+  sizes = [getattr(mesh, axis) for axis in AXES]
+  if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
+    raise ConfigError(f'config.mesh: expected positive sizes and at most one -1, got {dict(zip(AXES, sizes))}')
+  fixed = math.prod(s for s in sizes if s > 0)
+  if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
+    raise ConfigError(f'config.mesh: {dict(zip(AXES, sizes))} needs {"a multiple of " if -1 in sizes else ""}{fixed} '
+                      f'devices, this machine has {len(devices)}')
+  sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
+  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def spec(dims: str, table: dict, shape: tuple[int, ...] | None = None, mesh: jax.sharding.Mesh | None = None) -> P:
+  """PartitionSpec of a tensor with these dims, e.g. 'LDF'. Raises ValueError for an axis used twice; with a shape and a
+  mesh also for a size its axis does not divide, except K, which is replicated (few kv heads on a wide tensor axis)."""
+  axes = [table.get(letter) for letter in dims]
+  used = [a for axis in axes if axis for a in (axis if isinstance(axis, tuple) else (axis,))]
+  if len(used) != len(set(used)):
+    raise ValueError(f'{dims}: a mesh axis is used twice: {axes}')
+  if shape is not None:
+    if len(shape) != len(dims):
+      raise ValueError(f'{dims}: {len(dims)} letters for shape {shape}')
+    for i, (letter, size, axis) in enumerate(zip(dims, shape, axes)):
+      ways = axis_size(mesh, axis)
+      if size % ways and letter == 'K':
+        axes[i] = None
+      elif size % ways:
+        raise ConfigError(f'config.mesh: axis {axis!r} ({ways} ways) does not divide {letter}={size} of {dims}')
+  return P(*axes)
+
+
+def axis_size(mesh, axis) -> int:
+  """Devices along an axis, a tuple of axes, or None (1)."""
+  return math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()))
+
+
+def shard(x, dims: str, table: dict = ACT):
+  """Constrains an activation to its letters' axes; does nothing where no mesh is set (a single device, a test)."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, spec(dims, table, x.shape, mesh))
+
+
+def dims_of(path) -> str:
+  """The dims in a parameter's path: the suffix of its name, with a leading L inside stacked layers."""
+  keys = [k.key for k in path if isinstance(getattr(k, 'key', None), str)]
+  named = next((k for k in reversed(keys) if '_' in k and k.rsplit('_', 1)[1].isupper()), None)
+  if named is None:
+    raise ValueError(f'no parameter name with dims in {jax.tree_util.keystr(path)}')
+  return ('L' if any(k.startswith(STACKED) for k in keys) else '') + named.rsplit('_', 1)[1]
+
+
+STACKED = ('blocks', 'tail', 'encoder_blocks')   # the names whose leaves have a leading L; see models/transformer.py
+
+
+def param_specs(params, mesh: jax.sharding.Mesh):
+  """PartitionSpecs of a tree of parameters (arrays or ShapeDtypeStructs), by the letters of their names."""
+  return jax.tree_util.tree_map_with_path(lambda path, x: spec(dims_of(path), PARAM, x.shape, mesh), params)
+
+
+def replicated_kv(params, mesh) -> bool:
+  """True where K is replicated because the tensor axis does not divide it; the banner says so."""
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  return any('K' in (dims := dims_of(p)) and x.shape[dims.index('K')] % mesh.shape['tensor'] for p, x in leaves)
+
+
+def named(mesh: jax.sharding.Mesh, specs):
+  """NamedShardings of a tree of PartitionSpecs."""
+  return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, P))
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+  """This process's rows of a batch (names end in their dims) as global arrays, rows over (data, fsdp)."""
+  def put(name, x):
+    sharding = NamedSharding(mesh, spec(name.rsplit('_', 1)[1], {'B': ACT['B'], 'T': 'context'}))
+    return jax.make_array_from_process_local_data(sharding, x)
+  return {name: put(name, x) for name, x in batch.items()}
