@@ -1,0 +1,225 @@
+"""Attention: who may see whom (`visible`), the kernels behind one function (`attend`), and the module with its weights.
+
+Kernels: `xla` (plain einsums, everything supported, every backend), `cudnn` (GPU, flash), `splash` (TPU, Pallas).
+`choose` names the one in use and why; a kernel that was asked for and cannot be used is an error, never a fallback.
+"""
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from llm_jax import config as config_lib
+from llm_jax.config import ConfigError
+from llm_jax.models import layers
+from llm_jax.sharding import ACT, shard, spec
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+  """What the queries of one forward pass may see; arrays are None where the plain case holds."""
+  kind: str                       # causal | prefix | bidirectional
+  position_BT: jax.Array | None = None   # of queries; None: 0..T-1
+  key_position_BS: jax.Array | None = None   # of keys; None: 0..S-1 (a cache's slots are its positions)
+  segment_BT: jax.Array | None = None    # document of each query; 0 is padding
+  key_segment_BS: jax.Array | None = None
+  prefix_BS: jax.Array | None = None     # keys that every query of their document sees
+
+
+def visible(view: View, window: int, T: int, S: int):
+  """bool [B or 1, T, S]: True where query t may see key s; None where it may see all. A window w keeps the w newest."""
+  q = (jnp.arange(T)[None] if view.position_BT is None else view.position_BT)[:, :, None]
+  k = (jnp.arange(S)[None] if view.key_position_BS is None else view.key_position_BS)[:, None, :]
+  mask = None
+  if view.kind != 'bidirectional':
+    mask = k <= q
+  if view.kind == 'prefix' and view.prefix_BS is not None:
+    mask = mask | view.prefix_BS[:, None, :]
+  if window:
+    near = q - k < window if view.kind != 'bidirectional' else jnp.abs(q - k) < window
+    mask = near if mask is None else mask & near
+  if view.key_segment_BS is not None:
+    same = view.segment_BT[:, :, None] == view.key_segment_BS[:, None, :]
+    mask = same if mask is None else mask & same
+  return mask
+
+
+def attend_xla(q_BTNH, k_BSKH, v_BSKH, view: View, *, window, scale, softcap, slopes_N=None):
+  """Softmax attention by einsums, in float32 from the scores to the weights; also returns the weights [B, N, T, S].
+
+  Queries share kv heads in groups (GQA, arXiv 2305.13245): head n reads kv head n // G. softcap is Gemma 2's
+  cap * tanh(scores / cap); slopes are ALiBi's.
+  """
+  B, T, N, H = q_BTNH.shape
+  S, K = k_BSKH.shape[1:3]
+  q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+  score_BKGTS = jnp.einsum('BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
+  if softcap:
+    score_BKGTS = softcap * jnp.tanh(score_BKGTS / softcap)
+  if slopes_N is not None:
+    q = (jnp.arange(T)[None] if view.position_BT is None else view.position_BT)[:, None, None, :, None]
+    k = (jnp.arange(S)[None] if view.key_position_BS is None else view.key_position_BS)[:, None, None, None, :]
+    score_BKGTS = score_BKGTS - jnp.asarray(slopes_N).reshape(1, K, N // K, 1, 1) * jnp.abs(q - k)
+  mask = visible(view, window, T, S)
+  if mask is not None:
+    score_BKGTS = jnp.where(mask[:, None, None], score_BKGTS, -1e30)   # finite: a row that sees nothing is no NaN
+  weight_BKGTS = jax.nn.softmax(score_BKGTS, -1)
+  o_BTKGH = jnp.einsum('BKGTS,BSKH->BTKGH', weight_BKGTS.astype(v_BSKH.dtype), v_BSKH)
+  return o_BTKGH.reshape(B, T, N, H), weight_BKGTS.reshape(B, N, T, S)
+
+
+def attend_cudnn(q_BTNH, k_BSKH, v_BSKH, view: View, *, window, scale):
+  """cuDNN's flash attention through jax.nn: half precision, a causal flag and a window instead of a mask."""
+  return jax.nn.dot_product_attention(
+      q_BTNH, k_BSKH, v_BSKH, scale=scale, is_causal=view.kind == 'causal',
+      local_window_size=(window - 1, 0) if window else None, implementation='cudnn')
+
+
+def attend_splash(q_BTNH, k_BSKH, v_BSKH, view: View, *, window, scale, softcap, interpret=False):
+  """Splash attention, the TPU's block-sparse flash kernel in Pallas, with segments and softcap. Rows and heads are
+  split by shard_map, since a Pallas call is opaque to the partitioner. interpret=True runs it on a CPU, slowly."""
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+  def local(q_BTNH, k_BSKH, v_BSKH, segment_BT):
+    T, N = q_BTNH.shape[1:3]
+    if view.kind == 'bidirectional':
+      mask = masks.FullMask((T, T))
+    elif window:
+      mask = masks.LocalMask((T, T), window_size=(window - 1, 0), offset=0)
+    else:
+      mask = masks.CausalMask((T, T))
+    block = next(b for b in (1024, 512, 256, 128) if T % b == 0)
+    sizes = splash.BlockSizes(block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block,
+                              block_kv_dkv=block, block_kv_dkv_compute=block, use_fused_bwd_kernel=True)
+    kernel = splash.make_splash_mha(masks.MultiHeadMask([mask] * N), block_sizes=sizes, head_shards=1,
+                                    q_seq_shards=1, attn_logits_soft_cap=softcap or None, interpret=interpret)
+    groups = N // k_BSKH.shape[2]
+    heads_first = lambda x, repeat: jnp.repeat(x.swapaxes(1, 2), repeat, axis=1)
+    segments = None if segment_BT is None else splash.SegmentIds(segment_BT, segment_BT)
+    o_BNTH = jax.vmap(kernel, in_axes=(0, 0, 0, None if segments is None else 0))(
+        heads_first(q_BTNH * scale, 1), heads_first(k_BSKH, groups), heads_first(v_BSKH, groups), segments)
+    return o_BNTH.swapaxes(1, 2).astype(q_BTNH.dtype)
+
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return local(q_BTNH, k_BSKH, v_BSKH, view.segment_BT)
+  q_spec, k_spec = spec('BTNH', ACT, q_BTNH.shape, mesh), spec('BSKH', ACT, k_BSKH.shape, mesh)
+  if q_spec[2] != k_spec[2]:                               # too few kv heads for the tensor axis: one per query head
+    k_BSKH, v_BSKH = (jnp.repeat(x, q_BTNH.shape[2] // k_BSKH.shape[2], axis=2) for x in (k_BSKH, v_BSKH))
+    k_spec = q_spec
+  return jax.shard_map(local, in_specs=(q_spec, k_spec, k_spec, P(ACT['B']) if view.segment_BT is not None else P()),
+                       out_specs=q_spec, check_vma=False)(q_BTNH, k_BSKH, v_BSKH, view.segment_BT)
+
+
+def unusable(kernel: str, cfg: config_lib.Model, platform: str, dtype: str, length: int, packed: bool) -> str:
+  """Why a kernel cannot train this model here, in a few words; '' where it can."""
+  if kernel == 'xla':
+    return ''
+  if cfg.positions == 'alibi':
+    return 'it has no ALiBi bias'
+  if cfg.attention == 'prefix':
+    return 'it has no prefix mask'
+  if cfg.encoder_layers:
+    return 'it has no cross-attention here'
+  if kernel == 'cudnn':
+    if platform not in ('gpu', 'cuda'):
+      return f'it needs an NVIDIA GPU, this is {platform}'
+    if dtype != 'bfloat16':
+      return f'it needs bfloat16, the compute dtype is {dtype}'
+    if cfg.attention_softcap:
+      return 'it has no softcap'
+    if packed:
+      return 'packed documents would become a dense mask'
+    return '' if cfg.head_dim % 8 == 0 and cfg.head_dim <= 256 else f'head_dim {cfg.head_dim} is no multiple of 8 up to 256'
+  if platform != 'tpu':
+    return f'it needs a TPU, this is {platform}'
+  if length % 128:
+    return f'length {length} is no multiple of 128'
+  return '' if cfg.head_dim % 128 == 0 else f'head_dim {cfg.head_dim} is no multiple of 128'
+
+
+def choose(cfg: config_lib.Model, platform: str, dtype: str, length: int, packed: bool) -> tuple[str, str]:
+  """(kernel, reason) for the banner. Raises ConfigError where the kernel asked for cannot be used."""
+  if cfg.kernel != 'auto':
+    reason = unusable(cfg.kernel, cfg, platform, dtype, length, packed)
+    if reason:
+      raise ConfigError(f"config.model.kernel: {cfg.kernel!r} cannot be used: {reason}; set it to 'auto' or 'xla'")
+    return cfg.kernel, 'as configured'
+  best = {'tpu': 'splash', 'gpu': 'cudnn', 'cuda': 'cudnn'}.get(platform, 'xla')
+  reason = unusable(best, cfg, platform, dtype, length, packed)
+  if reason:
+    return 'xla', f'{best} not used: {reason}'
+  return best, f'the fastest on {platform}'
+
+
+class Attention(nnx.Module):
+  """Multi-head attention with grouped kv heads. Query scale is 1/sqrt(H) unless the config sets one."""
+
+  def __init__(self, cfg: config_lib.Model, rngs: nnx.Rngs, window: int = 0):
+    D, N, K, H = cfg.width, cfg.heads, cfg.kv_heads, cfg.head_dim
+    self.cfg, self.window = cfg, window
+    self.w_q_DNH = layers.normal(rngs, D, N, H, std=cfg.init_scale * D**-0.5)
+    self.w_k_DKH = layers.normal(rngs, D, K, H, std=cfg.init_scale * D**-0.5)
+    self.w_v_DKH = layers.normal(rngs, D, K, H, std=cfg.init_scale * D**-0.5)
+    self.w_o_NHD = layers.normal(rngs, N, H, D, std=layers.out_std(cfg, N * H))
+    if cfg.attention_bias:
+      self.b_q_NH = nnx.Param(jnp.zeros((N, H)))
+      self.b_k_KH = nnx.Param(jnp.zeros((K, H)))
+      self.b_v_KH = nnx.Param(jnp.zeros((K, H)))
+    if cfg.attention_out_bias:
+      self.b_o_D = nnx.Param(jnp.zeros(D))
+    if cfg.qk_norm == 'head':
+      self.norm_q, self.norm_k = layers.Norm(cfg, 'H', H), layers.Norm(cfg, 'H', H)
+    if cfg.qk_norm == 'full':
+      self.norm_q, self.norm_k = layers.Norm(cfg, 'NH', N, H), layers.Norm(cfg, 'KH', K, H)
+    if cfg.value_skips:
+      self.value_mix_K = nnx.Param(jnp.full(K, 0.5))
+
+  def keys_values(self, x_BSD, rope):
+    """k_BSKH and v_BSKH of a sequence; rope is a table from layers.rope_table, or None."""
+    k_BSKH = jnp.einsum('BSD,DKH->BSKH', x_BSD, self.w_k_DKH[...])
+    v_BSKH = jnp.einsum('BSD,DKH->BSKH', x_BSD, self.w_v_DKH[...])
+    if self.cfg.attention_bias:
+      k_BSKH, v_BSKH = layers.add_bias(k_BSKH, self.b_k_KH), layers.add_bias(v_BSKH, self.b_v_KH)
+    if self.cfg.qk_norm != 'none':
+      k_BSKH = self.norm_k(k_BSKH)
+    return (layers.rotate(k_BSKH, rope) if rope is not None else k_BSKH), v_BSKH
+
+  def mix_values(self, v_BSKH, first_BSKH):
+    """Values mixed with the first layer's (value residual, arXiv 2410.17897); the mix starts at one half."""
+    mix_K = self.value_mix_K[...].astype(v_BSKH.dtype)[None, None, :, None]
+    return (1 - mix_K) * v_BSKH + mix_K * first_BSKH
+
+  def __call__(self, x_BTD, k_BSKH, v_BSKH, view: View, rope, kernel: str, tap=None):
+    """Queries from x_BTD over the given keys and values -> [B, T, D]. tap(name, array) receives the weights."""
+    cfg = self.cfg
+    q_BTNH = jnp.einsum('BTD,DNH->BTNH', x_BTD, self.w_q_DNH[...])
+    if cfg.attention_bias:
+      q_BTNH = layers.add_bias(q_BTNH, self.b_q_NH)
+    if cfg.qk_norm != 'none':
+      q_BTNH = self.norm_q(q_BTNH)
+    if rope is not None:
+      q_BTNH = layers.rotate(q_BTNH, rope)
+    scale = cfg.attention_scale or cfg.head_dim**-0.5
+    common = dict(window=self.window, scale=scale)
+    if kernel == 'cudnn':
+      o_BTNH = attend_cudnn(q_BTNH, k_BSKH, v_BSKH, view, **common)
+    elif kernel == 'splash':
+      o_BTNH = attend_splash(q_BTNH, k_BSKH, v_BSKH, view, softcap=cfg.attention_softcap, **common)
+    else:
+      slopes_N = layers.alibi_slopes(cfg.heads) if cfg.positions == 'alibi' else None
+      o_BTNH, weight_BNTS = attend_xla(q_BTNH, k_BSKH, v_BSKH, view, softcap=cfg.attention_softcap,
+                                       slopes_N=slopes_N, **common)
+      if tap is not None:
+        tap('attention_weights', weight_BNTS)
+    y_BTD = jnp.einsum('BTNH,NHD->BTD', shard(o_BTNH, 'BTNH'), self.w_o_NHD[...])
+    return layers.add_bias(y_BTD, self.b_o_D) if cfg.attention_out_bias else y_BTD
+
+
+@functools.lru_cache
+def compute_dtype(dtype: str) -> str:
+  """'auto' resolved for the default backend: bfloat16 on TPU and GPU, float32 on CPU, where XLA emulates bfloat16."""
+  return dtype if dtype != 'auto' else ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')

@@ -1,0 +1,153 @@
+"""The parts every block is made of: normalisation, position codes and the MLP. The letters are the legend's in
+transformer.py; matrices are used in the dtype they arrive in, norms and rotations are computed in float32."""
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from llm_jax import config as config_lib
+from llm_jax.sharding import shard
+
+
+def normal(rngs: nnx.Rngs, *shape: int, std: float) -> nnx.Param:
+  """A float32 parameter drawn from N(0, std^2)."""
+  return nnx.Param(std * jax.random.normal(rngs.params(), shape))
+
+
+class Norm(nnx.Module):
+  """RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450) over the last len(dims) axes."""
+
+  def __init__(self, cfg: config_lib.Model, dims: str, *shape: int):
+    self.layer, self.eps, self.axes = cfg.norm == 'layer', cfg.norm_eps, tuple(range(-len(dims), 0))
+    self.offset, self.scale, self.bias = float(cfg.norm_unit_offset), f'scale_{dims}', f'bias_{dims}'
+    if cfg.norm_learned:
+      setattr(self, self.scale, nnx.Param(jnp.full(shape, 1.0 - self.offset)))
+    if cfg.norm_learned and cfg.norm_bias:
+      setattr(self, self.bias, nnx.Param(jnp.zeros(shape)))
+
+  def __call__(self, x):
+    y = x.astype(jnp.float32)
+    if self.layer:
+      y = y - y.mean(self.axes, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(self.axes, keepdims=True) + self.eps)
+    if hasattr(self, self.scale):
+      y = y * _trailing(getattr(self, self.scale)[...] + self.offset, y.ndim)
+    if hasattr(self, self.bias):
+      y = y + _trailing(getattr(self, self.bias)[...], y.ndim)
+    return y.astype(x.dtype)
+
+
+def _trailing(w, ndim):
+  """Leading axes of size 1, so that nothing depends on implicit rank promotion."""
+  return w.reshape((1,) * (ndim - w.ndim) + w.shape)
+
+
+def add_bias(x, bias):
+  """x + bias over the trailing axes, in x's dtype."""
+  return x + _trailing(bias[...].astype(x.dtype), x.ndim)
+
+
+class Mlp(nnx.Module):
+  """Two matrices around a nonlinearity, or three for the gated kinds (arXiv 2002.05202); relu2 is arXiv 2109.08668."""
+
+  def __init__(self, cfg: config_lib.Model, rngs: nnx.Rngs):
+    D, F = cfg.width, cfg.mlp_dim
+    self.kind = cfg.mlp
+    self.w_up_DF = normal(rngs, D, F, std=cfg.init_scale * D**-0.5)
+    if cfg.mlp in ('geglu', 'swiglu'):
+      self.w_gate_DF = normal(rngs, D, F, std=cfg.init_scale * D**-0.5)
+    self.w_down_FD = normal(rngs, F, D, std=out_std(cfg, F))
+    if cfg.mlp_bias:
+      self.b_up_F = nnx.Param(jnp.zeros(F))
+      self.b_down_D = nnx.Param(jnp.zeros(D))
+
+  def __call__(self, x_BTD):
+    h_BTF = jnp.einsum('BTD,DF->BTF', x_BTD, self.w_up_DF[...])
+    if hasattr(self, 'b_up_F'):
+      h_BTF = add_bias(h_BTF, self.b_up_F)
+    if hasattr(self, 'w_gate_DF'):
+      gate_BTF = jnp.einsum('BTD,DF->BTF', x_BTD, self.w_gate_DF[...])
+      h_BTF = h_BTF * ACTIVATIONS[self.kind](gate_BTF)
+    else:
+      h_BTF = ACTIVATIONS[self.kind](h_BTF)
+    y_BTD = jnp.einsum('BTF,FD->BTD', shard(h_BTF, 'BTF'), self.w_down_FD[...])
+    return add_bias(y_BTD, self.b_down_D) if hasattr(self, 'b_down_D') else y_BTD
+
+
+ACTIVATIONS = dict(
+    gelu=jax.nn.gelu, gelu_exact=lambda x: jax.nn.gelu(x, approximate=False), geglu=jax.nn.gelu, swiglu=jax.nn.silu,
+    relu2=lambda x: jnp.square(jax.nn.relu(x)), relu=jax.nn.relu)
+
+
+def out_std(cfg: config_lib.Model, fan_in: int) -> float:
+  """Initial deviation of a projection into the residual stream: smaller with depth (GPT-2), or zero."""
+  return 0.0 if cfg.zero_init else cfg.init_scale * fan_in**-0.5 * (2 * cfg.layers)**-0.5
+
+
+def dropout(x, rate: float, key):
+  """Inverted dropout. Threefry draws by global position, so neither mesh nor microbatch layout changes the mask."""
+  if rate == 0 or key is None:
+    return x
+  return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), jnp.zeros_like(x))
+
+
+# Positions ----------------------------------------------------------------------------------------------------------
+
+def sinusoids(position_BT, width: int):
+  """[B, T, width] float32: sines, then cosines, of geometrically spaced frequencies (arXiv 1706.03762; there they
+  alternate, which is the same code up to an order of the channels)."""
+  freqs = jnp.asarray(10_000.0 ** (-np.arange(width // 2) / (width / 2)), jnp.float32)
+  angle = position_BT[..., None].astype(jnp.float32) * freqs[None, None, :]
+  return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
+
+
+def alibi_slopes(heads: int) -> np.ndarray:
+  """[N] slopes of ALiBi (arXiv 2108.12409), with the paper's rule for numbers of heads that are no power of two."""
+  power = 2 ** math.floor(math.log2(heads))
+  slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+  extra = [2 ** (-4 * (i + 1) / power) for i in range(0, 2 * (heads - power), 2)]
+  return np.asarray(slopes + extra, np.float32)
+
+
+def rope_frequencies(cfg: config_lib.Model, base: float, scaled: bool = True) -> tuple[np.ndarray, float]:
+  """Radians per position of each rotated pair, and the factor on sine and cosine (YaRN's attention temperature).
+
+  RoFormer arXiv 2104.09864; linear arXiv 2306.15595; YaRN arXiv 2309.00071; llama3 as in the Llama 3.1 reference code.
+  """
+  rotated = int(cfg.head_dim * cfg.rope_fraction)
+  exponent = np.arange(0, rotated, 2) / rotated
+  freq = base ** -exponent
+  if not scaled or cfg.rope_scaling == 'none':
+    return freq, 1.0
+  if cfg.rope_scaling == 'linear':
+    return freq / cfg.rope_factor, 1.0
+  if cfg.rope_scaling == 'llama3':
+    turns = cfg.rope_original_length * freq / (2 * math.pi)          # rotations over the original context
+    keep = (turns - cfg.rope_low_freq) / (cfg.rope_high_freq - cfg.rope_low_freq)
+    keep = np.clip(keep, 0, 1)
+    return freq * (keep + (1 - keep) / cfg.rope_factor), 1.0
+  pair = lambda turns: rotated * math.log(cfg.rope_original_length / (turns * 2 * math.pi)) / (2 * math.log(base))
+  low = max(math.floor(pair(cfg.rope_beta_fast)), 0)
+  high = min(math.ceil(pair(cfg.rope_beta_slow)), rotated - 1)
+  ramp = np.clip((np.arange(rotated // 2) - low) / max(high - low, 1e-3), 0, 1)
+  temperature = cfg.rope_attention_factor or 0.1 * math.log(cfg.rope_factor) + 1
+  return freq * (1 - ramp + ramp / cfg.rope_factor), temperature
+
+
+def rope_table(cfg: config_lib.Model, position_BT, base: float, scaled: bool = True):
+  """(sin, cos), each float32 [B, T, 1, pairs], for `rotate`."""
+  freq, temperature = rope_frequencies(cfg, base, scaled)
+  angle = position_BT[:, :, None, None].astype(jnp.float32) * jnp.asarray(freq, jnp.float32)[None, None, None, :]
+  return jnp.sin(angle) * temperature, jnp.cos(angle) * temperature
+
+
+def rotate(x_BTNH, table):
+  """Rotary embedding of queries or keys: pair i is channels i and i + pairs (the half-split order of GPT-NeoX and
+  Hugging Face Llama); channels past 2 x pairs stay as they are (partial rotation)."""
+  sin, cos = table
+  pairs = sin.shape[-1]
+  first, second, rest = jnp.split(x_BTNH.astype(jnp.float32), [pairs, 2 * pairs], axis=-1)
+  out = [first * cos - second * sin, second * cos + first * sin] + ([rest] if rest.shape[-1] else [])
+  return jnp.concatenate(out, -1).astype(x_BTNH.dtype)
