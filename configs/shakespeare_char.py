@@ -1,0 +1,34 @@
+"""nanoGPT's two character models of tiny Shakespeare, at its settings (github.com/karpathy/nanoGPT).
+
+  python -m llm_jax.main --config=configs/shakespeare_char.py          size cpu: 4 x 128, 2,000 steps of 12 x 64
+  python -m llm_jax.main --config=configs/shakespeare_char.py:gpu      size gpu: 6 x 384, 5,000 steps of 64 x 256
+
+The text comes from tfds (tiny_shakespeare, downloaded once), or from a file, split 90/10 as nanoGPT does:
+  --config.data.source=text --config.data.path=input.txt --config.data.valid=tail
+nanoGPT's validation losses: 1.88 (cpu), 1.4697 (gpu).
+"""
+import base
+
+
+def get_config(size: str = 'cpu'):
+  if size not in ('cpu', 'gpu'):
+    raise base.ConfigError(f"--config=configs/shakespeare_char.py:SIZE: expected 'cpu' or 'gpu', got {size!r}")
+  config = base.get_config()
+  config.data.source, config.data.path = 'tfds', 'tiny_shakespeare'
+  config.data.valid, config.data.valid_path = 'given', 'validation'
+  config.data.valid_fraction = 0.1
+  config.tokenizer.kind = 'char'
+  config.model = base.preset(
+      'gpt2_124m', vocab_size=0, max_length=0, layers=4, width=128, heads=4, norm_bias=False, attention_bias=False,
+      attention_out_bias=False, mlp_bias=False, mlp='gelu_exact')
+  config.data.length = 64
+  config.train.batch_size, config.train.steps, config.train.minutes = 12, 2000, 0.0
+  config.optimizer.name, config.optimizer.learning_rate, config.optimizer.b2 = 'adamw', 1e-3, 0.99
+  config.optimizer.schedule, config.optimizer.warmup_steps, config.optimizer.final_fraction = 'cosine', 100, 0.1
+  config.optimizer.weight_decay = 0.1
+  config.eval.every, config.eval.batches, config.eval.batch_size = 250, 200, 0
+  config.eval.prompts, config.eval.samples, config.eval.python = ('\n',), 0, False
+  if size == 'gpu':
+    config.model.layers, config.model.width, config.model.heads, config.model.dropout = 6, 384, 6, 0.2
+    config.data.length, config.train.batch_size, config.train.steps = 256, 64, 5000
+  return config

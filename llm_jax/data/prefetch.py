@@ -1,0 +1,124 @@
+"""Batches made ahead of the training loop by Grain, in threads or in worker processes.
+
+The loop reads from a short queue that a thread fills, so it can look at the workers while it waits: a worker that is
+killed becomes an error that names it, never a hang (Grain itself can wait for ever on half a message).
+"""
+import multiprocessing
+import queue
+import signal
+import threading
+import time
+
+from llm_jax.config import ConfigError
+
+STEPS = 1 << 40               # a source must have a length; no run is longer
+
+
+class _Steps:
+  """Grain's random-access source: element i is (start + i, the batch of that step)."""
+
+  def __init__(self, batches, start, rows):
+    self.batches, self.start, self.rows = batches, start, rows
+
+  def __len__(self):
+    return STEPS
+
+  def __getitem__(self, i):
+    return self.start + i, self.batches(self.start + i, self.rows)
+
+
+class Prefetch:
+  """Iterator of (step, batch). `waited` is the seconds that next() has spent without a batch at hand, in all; `close()`
+  ends threads and workers. A context manager. Raises ConfigError where a worker dies."""
+
+  def __init__(self, batches, start_step: int, rows=None, workers: int = 0, buffer: int = 4):
+    self.waited, self._workers, self._n_workers = 0.0, {}, workers
+    self._before = {p.pid for p in multiprocessing.active_children()}
+    self._queue, self._stop = queue.Queue(1), threading.Event()
+    self._thread = threading.Thread(target=self._fill, args=(_Steps(batches, start_step, rows), workers, buffer),
+                                    name='prefetch', daemon=True)
+    self._thread.start()
+
+  def _fill(self, steps, workers, buffer):
+    iterator = None
+    try:
+      iterator = _grain_iterator(steps, workers, buffer)
+      while not self._stop.is_set():
+        self._put((next(iterator), None))
+    except BaseException as e:                             # handed to the loop, which raises it
+      self._put((None, e))
+    finally:
+      if iterator is not None:
+        iterator.close()
+
+  def _put(self, item):
+    while not self._stop.is_set():
+      try:
+        return self._queue.put(item, timeout=0.2)
+      except queue.Full:
+        pass
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    start = time.perf_counter()
+    while True:
+      if self._stop.is_set():
+        raise ValueError('this Prefetch is closed')
+      try:
+        item, error = self._queue.get(timeout=0.5)
+        break
+      except queue.Empty:
+        self._check_workers()
+    self.waited += time.perf_counter() - start
+    if len(self._workers) < self._n_workers:
+      self._find_workers()
+    if error is not None:
+      self._check_workers()
+      self.close()
+      if isinstance(error, RuntimeError) and 'terminated unexpectedly' in str(error):
+        raise ConfigError(f'config.data.workers: a data worker died: {str(error).splitlines()[0]} (a script that '
+                          "starts workers needs `if __name__ == '__main__':`); 0 uses threads") from error
+      raise error
+    return item
+
+  def _find_workers(self):
+    for p in multiprocessing.active_children():
+      if p.pid not in self._before and p.name.startswith('grain'):
+        self._workers[p.pid] = p
+
+  def _check_workers(self):
+    self._find_workers()
+    for pid, process in self._workers.items():
+      if process.exitcode:
+        self._stop.set()                                   # no join: the thread may hang on the dead worker's message
+        why = signal.Signals(-process.exitcode).name if process.exitcode < 0 else f'exit code {process.exitcode}'
+        raise ConfigError(f'config.data.workers: data worker process {pid} died ({why}; out of memory?); run again, '
+                          'with fewer workers, or with 0 for threads')
+
+  def close(self):
+    """Ends threads and workers; may be called twice."""
+    self._stop.set()
+    self._thread.join(timeout=10)
+    for process in self._workers.values():
+      process.terminate()                                  # only where the orderly end did not work
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.close()
+
+
+def _grain_iterator(steps, workers, buffer):
+  import grain
+  from absl import flags
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()                           # Grain reads its flags; outside absl's app none are parsed
+  options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=buffer)
+  dataset = grain.MapDataset.source(steps).to_iter_dataset(options)
+  if workers:
+    dataset = dataset.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(
+        num_workers=workers, per_worker_buffer_size=max(buffer // workers, 1)))
+  return iter(dataset)

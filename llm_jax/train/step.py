@@ -1,0 +1,114 @@
+"""The training step: (state, batch) -> (state, metrics), a pure function jitted once with its state donated.
+
+State is a plain dict of arrays {step, horizon, params, opt_state[, ema]}. Gradients are summed over microbatches and
+divided by the tokens of the whole batch, so accumulation equals the large batch. A step whose loss or gradients are not
+finite, or that has no tokens, leaves everything but its counter bit-identical and reports step/skipped.
+"""
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec as P
+
+from llm_jax import config as config_lib
+from llm_jax import sharding
+from llm_jax.models import transformer
+from llm_jax.train import loss as loss_lib
+from llm_jax.train import optimizer as optimizer_lib
+
+INPUTS = ('position_BT', 'segment_BT', 'prefix_BT', 'source_BS', 'source_segment_BS')
+
+
+def init_state(cfg: config_lib.Config, model: config_lib.Model, tx: optax.GradientTransformation, key) -> dict:
+  """A new state; jit it with out_shardings so that every array is created where it lives."""
+  params = transformer.init(model, key)
+  state = dict(step=jnp.zeros((), jnp.int32), horizon=jnp.asarray(cfg.train.steps, jnp.int32), params=params,
+               opt_state=tx.init(params))
+  return state | (dict(ema=jax.tree.map(jnp.copy, params)) if cfg.train.ema else {})
+
+
+def state_shardings(state, tx, mesh):
+  """NamedShardings of an (abstract) state: parameters by their letters, moments as their parameters."""
+  params = sharding.param_specs(state['params'], mesh)
+  specs = dict(step=P(), horizon=P(), params=params,
+               opt_state=optimizer_lib.opt_state_specs(tx, state['params'], params))
+  return sharding.named(mesh, specs | (dict(ema=params) if 'ema' in state else {}))
+
+
+def loss_sums(cfg: config_lib.Config, model: config_lib.Model, kernel: str, params, batch, key=None,
+              training: bool = True) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Sum over a batch of the loss to minimise, and the sums behind the metrics (float32 scalars), among them 'tokens'."""
+  bound = transformer.bind(model, params)
+  inputs = {name: batch[name] for name in INPUTS if name in batch}
+  x_BTD = bound.hidden(batch['token_BT'], key=key, kernel=kernel, **inputs)
+  z_loss, smoothing = (cfg.train.z_loss, cfg.train.label_smoothing) if training else (0.0, 0.0)
+  target_BT, mask_BT = batch['target_BT'], batch['mask_BT']
+  with jax.named_scope('loss'):
+    if cfg.train.loss_chunk:
+      return loss_lib.chunked_cross_entropy(x_BTD, bound.logits, target_BT, mask_BT, z_loss, smoothing,
+                                            cfg.train.loss_chunk)
+    return loss_lib.cross_entropy(bound.logits(x_BTD), target_BT, mask_BT, z_loss, smoothing)
+
+
+def make_train_step(cfg: config_lib.Config, model: config_lib.Model, tx: optax.GradientTransformation, kernel: str):
+  """train_step(state, batch) -> (state, metrics). Metrics are float32 scalars: loss/train (mean nats per token, with
+  smoothing), loss/z, accuracy, grads/norm, optimizer/learning_rate, tokens, step/skipped."""
+
+  def grads_of(params, batch, key):
+    # Divided by the tokens of the whole batch, not of the microbatch: a mean of means is not the batch's mean.
+    def loss(params, micro, key):
+      total, sums = loss_sums(cfg, model, kernel, params, micro, key)
+      return total / tokens, sums
+
+    tokens = jnp.maximum(batch['mask_BT'].sum(dtype=jnp.float32), 1)
+    grad = jax.grad(loss, has_aux=True)
+    if cfg.train.accumulate == 1:
+      return grad(params, batch, _fold(key, 0))
+    micros = {name: split_rows(x, cfg.train.accumulate) for name, x in batch.items()}
+    dtype = jnp.dtype(cfg.train.accumulate_dtype)
+
+    def add(carry, xs):
+      micro, i = xs
+      grads, sums = grad(params, micro, _fold(key, i))
+      return (jax.tree.map(lambda a, g: a + g.astype(dtype), carry[0], grads), jax.tree.map(jnp.add, carry[1], sums)), None
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params)
+    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(
+        lambda: loss_sums(cfg, model, kernel, params, jax.tree.map(lambda x: x[0], micros))[1]))
+    (grads, sums), _ = jax.lax.scan(add, (zeros, sums), (micros, jnp.arange(cfg.train.accumulate)))
+    return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), sums
+
+  def train_step(state, batch):
+    params = state['params']
+    key = jax.random.fold_in(jax.random.key(cfg.train.seed), state['step']) if model.dropout else None
+    grads, sums = grads_of(params, batch, key)
+    with jax.named_scope('optimizer'):
+      norm = optax.tree.norm(grads)
+      factor = optimizer_lib.schedule(cfg.optimizer, state['step'], state['horizon'])
+      updates, opt_state = tx.update(grads, state['opt_state'], params)
+      new = dict(params=jax.tree.map(lambda p, u: p + factor * u, params, updates), opt_state=opt_state)
+      if 'ema' in state:
+        new['ema'] = optimizer_lib.ema_update(state['ema'], new['params'], cfg.train.ema, state['step'])
+    tokens = jnp.maximum(sums['tokens'], 1)
+    ok = jnp.isfinite(sums['loss/ce']) & jnp.isfinite(norm) & (sums['tokens'] > 0)
+    new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, {name: state[name] for name in new})
+    metrics = {'loss/train': sums['loss/ce'] / tokens, 'loss/z': sums['loss/z'] / tokens,
+               'accuracy': sums['accuracy'] / tokens, 'grads/norm': norm, 'tokens': sums['tokens'],
+               'optimizer/learning_rate': factor * cfg.optimizer.learning_rate, 'step/skipped': 1.0 - ok}
+    return dict(step=state['step'] + 1, horizon=state['horizon'], **new), metrics
+
+  return train_step
+
+
+def make_eval_step(cfg: config_lib.Config, model: config_lib.Model, kernel: str):
+  """eval_step(params, batch) -> sums {'loss/ce' nats, 'accuracy', 'tokens'} over the batch, without smoothing or z-loss."""
+  return lambda params, batch: loss_sums(cfg, model, kernel, params, batch, training=False)[1]
+
+
+def split_rows(x, parts: int):
+  """[B, ...] -> [parts, B / parts, ...]: microbatch i takes every parts-th row, so that no row changes its device."""
+  return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+
+def _fold(key, i):
+  return None if key is None else jax.random.fold_in(key, i)
+

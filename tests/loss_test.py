@@ -1,0 +1,157 @@
+"""Cross-entropy against a float64 reference, its gradients, its chunked form's memory, and logits sharded over V."""
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llm_jax import config, sharding
+from llm_jax.train import loss
+
+
+def batch(seed, B=3, T=8, V=17, scale=3.0):
+  rng = np.random.default_rng(seed)
+  return (rng.normal(size=(B, T, V)).astype(np.float32) * scale, rng.integers(0, V, (B, T)).astype(np.int32),
+          rng.choice([0.0, 1.0, 0.5], (B, T)).astype(np.float32))
+
+
+def reference(logits, target, mask, z_loss, smoothing):
+  x, mask = np.float64(logits), np.float64(mask)
+  top = x.max(-1, keepdims=True)
+  lse = (top + np.log(np.exp(x - top).sum(-1, keepdims=True)))[..., 0]
+  V = x.shape[-1]
+  label = np.eye(V)[target]
+  soft = (1 - smoothing) * label + smoothing / V
+  log_p = x - lse[..., None]
+  z = z_loss * lse**2
+  total = -(soft * log_p).sum(-1) + z
+  grad = np.exp(log_p) * (1 + 2 * z_loss * lse[..., None]) - soft
+  sums = {'loss/ce': -((label * log_p).sum(-1) * mask).sum(), 'loss/z': (z * mask).sum(),
+          'accuracy': ((x.argmax(-1) == target) * mask).sum(), 'tokens': mask.sum()}
+  return (total * mask).sum(), sums, grad * mask[..., None]
+
+
+value_and_grad = jax.jit(jax.value_and_grad(loss.cross_entropy, has_aux=True), static_argnums=(3, 4))
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 1000), z_loss=st.sampled_from([0.0, 1e-3]), smoothing=st.sampled_from([0.0, 0.1]),
+       scale=st.sampled_from([0.1, 3.0, 1000.0]))
+def test_value_and_gradient_match_float64(seed, z_loss, smoothing, scale):
+  logits, target, mask = batch(seed, scale=scale)
+  (total, sums), grad = value_and_grad(logits, target, mask, z_loss, smoothing)
+  want_total, want_sums, want_grad = reference(logits, target, mask, z_loss, smoothing)
+  np.testing.assert_allclose(total, want_total, rtol=1e-5)
+  assert sums.keys() == want_sums.keys()
+  for name, value in want_sums.items():
+    np.testing.assert_allclose(sums[name], value, rtol=1e-5, atol=1e-4, err_msg=name)
+  np.testing.assert_allclose(grad, want_grad, atol=1e-5 * max(1, np.abs(want_grad).max()))
+
+
+def test_gradient_matches_the_naive_formula():
+  logits, target, mask = batch(0)
+  def naive(logits):
+    return -(jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], -1)[..., 0] * mask).sum()
+  np.testing.assert_allclose(value_and_grad(logits, target, mask, 0.0, 0.0)[1], jax.grad(naive)(logits), atol=1e-6)
+
+
+def test_bfloat16_logits_are_summed_in_float32():
+  logits, target, mask = batch(1)
+  low = jnp.asarray(logits, jnp.bfloat16)
+  (total, _), grad = value_and_grad(low, target, mask, 1e-3, 0.1)
+  want, _, want_grad = reference(low, target, mask, 1e-3, 0.1)
+  assert total.dtype == jnp.float32 and grad.dtype == jnp.bfloat16
+  np.testing.assert_allclose(total, want, rtol=1e-5)
+  np.testing.assert_allclose(np.float32(grad), want_grad, atol=5e-3)
+
+
+def test_all_masked_is_zero_with_finite_gradients():
+  logits, target, mask = batch(2)
+  (total, sums), grad = value_and_grad(logits, target, 0 * mask, 1e-3, 0.1)
+  assert total == 0 and all(value == 0 for value in sums.values())
+  assert not grad.any()
+
+
+def problem(B=2, T=32, D=16, V=50):
+  rng = np.random.default_rng(0)
+  params = {'x_BTD': rng.normal(size=(B, T, D)).astype(np.float32), 'w_DV': rng.normal(size=(D, V)).astype(np.float32),
+            'b_V': rng.normal(size=V).astype(np.float32)}
+  return params, rng.integers(0, V, (B, T)).astype(np.int32), rng.choice([0.0, 1.0], (B, T)).astype(np.float32)
+
+
+def logits_of(params):
+  return lambda x_BTD: 5 * jnp.tanh((x_BTD @ params['w_DV'] + params['b_V'][None, None]) / 5)
+
+
+@pytest.mark.parametrize('chunk', [1, 8, 32])
+def test_chunked_equals_plain(chunk):
+  params, target, mask = problem()
+  def plain(p):
+    return loss.cross_entropy(logits_of(p)(p['x_BTD']), target, mask, 1e-3, 0.1)
+  def chunked(p):
+    return loss.chunked_cross_entropy(p['x_BTD'], logits_of(p), target, mask, 1e-3, 0.1, chunk)
+  (want, want_sums), want_grad = jax.jit(jax.value_and_grad(plain, has_aux=True))(params)
+  (got, sums), grad = jax.jit(jax.value_and_grad(chunked, has_aux=True))(params)
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+  assert sums.keys() == want_sums.keys()
+  for name, value in want_sums.items():
+    np.testing.assert_allclose(sums[name], value, rtol=1e-5)
+  for name in params:
+    error = np.linalg.norm(grad[name] - want_grad[name]) / np.linalg.norm(want_grad[name])
+    assert error < 1e-5, (name, error)
+
+
+def test_chunked_never_holds_all_logits():
+  B, T, D, V = 2, 512, 8, 8192
+  params, target, mask = problem(B, T, D, V)
+  def temp_bytes(f):
+    return jax.jit(jax.grad(f, has_aux=True)).lower(params).compile().memory_analysis().temp_size_in_bytes
+  plain = temp_bytes(lambda p: loss.cross_entropy(logits_of(p)(p['x_BTD']), target, mask, 0.0, 0.0))
+  chunked = temp_bytes(lambda p: loss.chunked_cross_entropy(p['x_BTD'], logits_of(p), target, mask, 0.0, 0.0, 16))
+  all_logits = B * T * V * 4
+  assert plain >= all_logits
+  assert chunked < all_logits / 4
+
+
+def test_a_chunk_that_does_not_divide_is_one_line():
+  params, target, mask = problem()
+  with pytest.raises(config.ConfigError, match='config.train.loss_chunk: 32 positions are not a multiple of 5') as e:
+    loss.chunked_cross_entropy(params['x_BTD'], logits_of(params), target, mask, 0.0, 0.0, 5)
+  assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('chunk', [0, 4])
+def test_logits_sharded_over_v_are_never_gathered(chunk):
+  B, T, D, V = 8, 16, 12, 1000
+  params, target, mask = problem(B, T, D, V)
+  mesh = sharding.make_mesh(config.Mesh(data=2, fsdp=2, tensor=2))
+  specs = {'x_BTD': P(('data', 'fsdp'), None, None), 'w_DV': P('fsdp', 'tensor'), 'b_V': P('tensor')}
+  rows = NamedSharding(mesh, P(('data', 'fsdp'), None))
+
+  def f(p, target, mask):
+    logits = lambda x_BTD: sharding.shard(logits_of(p)(x_BTD), 'BTV')
+    if chunk:
+      return loss.chunked_cross_entropy(p['x_BTD'], logits, target, mask, 1e-3, 0.1, chunk)
+    return loss.cross_entropy(logits(p['x_BTD']), target, mask, 1e-3, 0.1)
+
+  step = jax.value_and_grad(f, has_aux=True)
+  shardings = sharding.named(mesh, specs)
+  with jax.set_mesh(mesh):
+    compiled = jax.jit(step, in_shardings=(shardings, rows, rows),
+                       out_shardings=((None, None), shardings)).lower(params, target, mask).compile()
+  (total, _), grad = compiled(jax.device_put(params, shardings), jax.device_put(target, rows),
+                              jax.device_put(mask, rows))
+  (want, _), want_grad = jax.jit(step)(params, target, mask)
+  np.testing.assert_allclose(total, want, rtol=1e-5)
+  for name in params:
+    np.testing.assert_allclose(grad[name], want_grad[name], atol=1e-5 * np.abs(want_grad[name]).max())
+  gathers = [line for line in compiled.as_text().splitlines() if re.search(r'= \S+ (all-gather|all-to-all)', line)]
+  sizes = [np.prod([int(n) for n in shape.split(',')]) for line in gathers
+           for shape in re.findall(r'\[([\d,]+)\]', line.split(' all-')[0])]
+  tokens = B // 4 * (chunk or T)
+  assert all(size <= max(tokens * 2, D * V // 2) for size in sizes), gathers      # w over fsdp, figures per token

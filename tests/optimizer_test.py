@@ -1,0 +1,337 @@
+"""Schedules, the four optimizers against float64 references, who gets decay and Muon, and moments on a mesh."""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm_jax import config, sharding
+from llm_jax.train import optimizer
+
+BASE = config.Optimizer()
+NAMES = ('adamw', 'adafactor', 'lion', 'muon')
+
+
+def factors(steps, horizon, **changes):
+  return np.asarray(optimizer.schedule(dataclasses.replace(BASE, **changes), jnp.int32(steps), jnp.int32(horizon)))
+
+
+@pytest.mark.parametrize('name, at_half, at_end', [
+    ('constant', 1, 1), ('linear', 0.55, 0.1), ('cosine', 0.55, 0.1), ('inverse_sqrt', (100 / 551) ** 0.5, 0.1 ** 0.5),
+    ('wsd', 1, 0.1)])
+def test_schedule_values(name, at_half, at_end):
+  got = factors([0, 49, 99, 550, 1000, 5000], 1000, schedule=name)
+  assert got.dtype == np.float32
+  np.testing.assert_allclose(got[:4], [0.01, 0.5, 1, at_half], rtol=1e-6)
+  np.testing.assert_allclose(got[4], at_end, rtol=1e-3)
+  if name != 'inverse_sqrt':
+    assert got[5] == got[4]
+
+
+def test_step_and_horizon_are_traced():
+  run = jax.jit(lambda step, horizon: optimizer.schedule(BASE, step, horizon))
+  for step, horizon in ((7, 20), (700, 1000), (700, 2000)):
+    got = run(jnp.int32(step), jnp.int32(horizon))
+    assert got.shape == () and got.dtype == jnp.float32
+    np.testing.assert_allclose(got, factors(step, horizon), rtol=1e-6)
+  assert run._cache_size() == 1
+
+
+def test_wsd_decays_linearly_over_its_last_share():
+  got = factors([599, 600, 700, 800, 900], 1000, schedule='wsd')
+  np.testing.assert_allclose(got, [1, 1, 0.775, 0.55, 0.325], rtol=1e-6)
+
+
+def test_warmup_and_stable_phase_do_not_see_the_horizon():
+  steps = np.arange(400)
+  np.testing.assert_array_equal(factors(steps, 1000, schedule='wsd'), factors(steps, 7777, schedule='wsd'))
+  for name in ('linear', 'cosine', 'inverse_sqrt'):
+    np.testing.assert_array_equal(factors(steps[:100], 1000, schedule=name), factors(steps[:100], 7777, schedule=name))
+
+
+@settings(deadline=None, max_examples=20)
+@given(name=st.sampled_from(config.CHOICES['optimizer.schedule']), horizon=st.integers(1, 300),
+       warmup=st.integers(0, 400), final=st.sampled_from([0.0, 0.1, 1.0]))
+def test_schedule_rises_then_falls_within_its_bounds(name, horizon, warmup, final):
+  got = factors(np.arange(300), horizon, schedule=name, warmup_steps=warmup, final_fraction=final)[:horizon]
+  peak = min(warmup, horizon // 2)
+  assert (got > 0).all() and (got <= 1).all()
+  assert got[max(peak - 1, 0)] == 1
+  assert (np.diff(got[:peak]) > 0).all() and (np.diff(got[peak:]) <= 1e-6).all()
+
+
+def test_a_run_shorter_than_its_warmup_warms_up_over_half():
+  got = factors(np.arange(20), 20, schedule='cosine', warmup_steps=100)
+  np.testing.assert_allclose(got[:10], np.arange(1, 11) / 10, rtol=1e-6)
+  assert got[10] == 1 and got[19] < 0.15
+
+
+SHAPES = {
+    'embed_VD': (160, 128), 'unembed_DV': (128, 160), 'position_embed_SD': (32, 128), 'norm_final': {'scale_D': (128,)},
+    'blocks0': {
+        'attention': {'w_q_DNH': (2, 128, 4, 32), 'w_k_DKH': (2, 128, 2, 32), 'w_o_NHD': (2, 4, 32, 128),
+                      'b_q_NH': (2, 4, 32), 'norm_q': {'scale_NH': (2, 4, 32)}, 'value_mix_K': (2, 2)},
+        'mlp': {'w_up_DF': (2, 128, 256), 'w_down_FD': (2, 256, 128), 'b_up_F': (2, 256)}, 'skip_x_D': (2, 128)},
+    'tail0': {'mlp': {'w_gate_DF': (1, 128, 256), 'w_up_EDF': (1, 2, 128, 64), 'router_DE': (1, 128, 2),
+                      'b_down_ED': (1, 2, 128)}},
+}
+
+
+def tree(make):
+  keys = iter(range(1000))
+  return jax.tree.map(lambda shape: make(next(keys), shape), SHAPES, is_leaf=lambda s: isinstance(s, tuple))
+
+
+def normal(seed, scale):
+  return tree(lambda i, shape: scale * np.random.default_rng([seed, i]).normal(size=shape).astype(np.float32))
+
+
+def names(labels, label):
+  return {jax.tree_util.keystr(path, simple=True, separator='/')
+          for path, x in jax.tree_util.tree_leaves_with_path(labels) if x == label}
+
+
+MATRICES = {'blocks0/attention/w_q_DNH', 'blocks0/attention/w_k_DKH', 'blocks0/attention/w_o_NHD',
+            'blocks0/mlp/w_up_DF', 'blocks0/mlp/w_down_FD', 'tail0/mlp/w_gate_DF', 'tail0/mlp/w_up_EDF'}
+EMBEDDINGS = {'embed_VD', 'unembed_DV', 'position_embed_SD'}
+VECTORS = {'norm_final/scale_D', 'blocks0/attention/b_q_NH', 'blocks0/attention/norm_q/scale_NH',
+           'blocks0/attention/value_mix_K', 'blocks0/mlp/b_up_F', 'blocks0/skip_x_D', 'tail0/mlp/b_down_ED'}
+
+
+def test_who_gets_muon():
+  labels = optimizer.muon_labels(normal(0, 1))
+  assert names(labels, 'matrix') == MATRICES
+  assert names(labels, 'rest') == EMBEDDINGS | VECTORS | {'tail0/mlp/router_DE'}
+
+
+def test_who_is_decayed():
+  mask = optimizer.decayed(normal(0, 1))
+  assert names(mask, True) == MATRICES | EMBEDDINGS | {'tail0/mlp/router_DE'}
+  assert names(mask, False) == VECTORS
+
+
+# References in float64, written from the papers.
+
+def newton_schulz(x):
+  x = x / np.linalg.norm(x)
+  for _ in range(5):
+    a = x @ x.T
+    x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+  return x
+
+
+def orthogonal(m, dims):
+  """Each layer's and expert's matrix by itself, as [in, out], scaled by sqrt(max(1, out / in))."""
+  batch = m.shape[:len(dims) - len(dims.lstrip('LE'))]
+  inner = m.shape[len(batch):]
+  rows = inner[0] if dims.lstrip('LE')[0] == 'D' else int(np.prod(inner[:-1]))
+  flat = m.reshape(-1, rows, int(np.prod(inner)) // rows)
+  out = [newton_schulz(x) * max(1, x.shape[1] / x.shape[0]) ** 0.5 for x in flat]
+  return np.stack(out).reshape(m.shape)
+
+
+def adam_direction(cfg, g, s, t):
+  s['m'] = cfg.b1 * s.get('m', 0) + (1 - cfg.b1) * g
+  s['v'] = cfg.b2 * s.get('v', 0) + (1 - cfg.b2) * g * g
+  return s['m'] / (1 - cfg.b1**t) / (np.sqrt(s['v'] / (1 - cfg.b2**t)) + cfg.eps)
+
+
+def lion_direction(cfg, g, s, t):
+  m = s.get('m', np.zeros_like(g))
+  s['m'] = cfg.b2 * m + (1 - cfg.b2) * g
+  return np.sign(cfg.b1 * m + (1 - cfg.b1) * g)
+
+
+def adafactor_direction(cfg, g, s, t):
+  decay, square = 1 - t**-0.8, g * g + 1e-30
+  rows, columns = np.argsort(g.shape)[-2:] if g.ndim > 1 else (0, 0)
+  if g.ndim > 1 and g.shape[rows] >= 128:
+    s['r'] = decay * s.get('r', 0) + (1 - decay) * square.mean(columns, keepdims=True)
+    s['c'] = decay * s.get('c', 0) + (1 - decay) * square.mean(rows, keepdims=True)
+    v = s['r'] * s['c'] / s['r'].mean(rows, keepdims=True)
+  else:
+    v = s['v'] = decay * s.get('v', 0) + (1 - decay) * square
+  u = g / np.sqrt(v)
+  return u / max(1, np.sqrt(np.mean(u * u)))
+
+
+def muon_direction(cfg, g, s, t, dims):
+  b = cfg.momentum
+  s['m'] = b * s.get('m', 0) + (1 - b) * g
+  return orthogonal(b * s['m'] / (1 - b ** (t + 1)) + (1 - b) * g / (1 - b**t), dims)
+
+
+def reference(cfg, params, grads_by_step, factor):
+  flat = {path: np.float64(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
+  states = {path: {} for path in flat}
+  direction = dict(adamw=adam_direction, lion=lion_direction, adafactor=adafactor_direction,
+                   muon=adam_direction)[cfg.name]
+  for t, grads in enumerate(grads_by_step, 1):
+    g = {path: np.float64(x) for path, x in jax.tree_util.tree_leaves_with_path(grads)}
+    norm = np.sqrt(sum((x * x).sum() for x in g.values()))
+    for path, w in flat.items():
+      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      clipped = g[path] * min(1, cfg.clip_norm / norm) if cfg.clip_norm else g[path]
+      matrix = cfg.name == 'muon' and name in MATRICES
+      args = (cfg, clipped, states[path], t)
+      update = muon_direction(*args, sharding.dims_of(path)) if matrix else direction(*args)
+      decay = 0 if name in VECTORS else cfg.weight_decay
+      peak = cfg.matrix_learning_rate if matrix else cfg.learning_rate
+      flat[path] = w - factor * peak * (update + decay * w)
+  return flat
+
+
+@pytest.mark.parametrize('name, clip_norm', [*((name, 1.0) for name in NAMES), ('adamw', 0.0)])
+def test_matches_float64_reference(name, clip_norm):
+  cfg = dataclasses.replace(BASE, name=name, learning_rate=0.01, weight_decay=0.3, clip_norm=clip_norm)
+  params, factor = normal(0, 0.1), 0.5
+  grads_by_step = [normal(t + 1, 0.02 * (t + 1)) for t in range(4)]
+  tx = optimizer.make(cfg, params)
+
+  @jax.jit
+  def step(params, state, grads):
+    updates, state = tx.update(grads, state, params)
+    return jax.tree.map(lambda p, u: p + factor * u, params, updates), state
+
+  got, state = params, tx.init(params)
+  for grads in grads_by_step:
+    got, state = step(got, state, grads)
+  want = reference(cfg, params, grads_by_step, factor)
+  for path, w in jax.tree_util.tree_leaves_with_path(got):
+    start = next(x for p, x in jax.tree_util.tree_leaves_with_path(params) if p == path)
+    moved = np.abs(want[path] - start).max()
+    assert moved > 1e-3
+    # float32 Newton-Schulz magnifies rounding in the smallest singular values
+    error = np.abs(w - want[path]).max() / moved
+    assert error < (2e-3 if name == 'muon' else 1e-4), (path, error)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_zero_gradients_only_decay(name):
+  rng = np.random.default_rng(0)
+  params = {'embed_VD': rng.normal(size=(8, 4)), 'norm': {'scale_D': rng.normal(size=4)}, 'w_up_DF': rng.normal(size=(4, 6))}
+  params = jax.tree.map(jnp.float32, params)
+  tx = optimizer.make(dataclasses.replace(BASE, name=name), params)
+  updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+  peak = BASE.matrix_learning_rate if name == 'muon' else BASE.learning_rate
+  np.testing.assert_allclose(updates['w_up_DF'], -peak * 0.1 * params['w_up_DF'], rtol=1e-5)
+  np.testing.assert_allclose(updates['embed_VD'], -BASE.learning_rate * 0.1 * params['embed_VD'], rtol=1e-5)
+  assert not updates['norm']['scale_D'].any()
+
+
+def mesh_222():
+  return sharding.make_mesh(config.Mesh(data=2, fsdp=2, tensor=2))
+
+
+def place(tx, params):
+  """(mesh, params, opt_state) on 8 devices, each created where its spec says."""
+  mesh = mesh_222()
+  specs = sharding.param_specs(params, mesh)
+  shardings = sharding.named(mesh, (specs, optimizer.opt_state_specs(tx, params, specs)))
+  placed = jax.device_put(params, shardings[0])
+  return mesh, placed, jax.jit(tx.init, out_shardings=shardings[1])(placed), shardings
+
+
+PARAMS_FOR_MESH = {name: x for name, x in SHAPES.items() if name != 'tail0'}
+
+
+def mesh_params(seed=0):
+  return {name: x for name, x in normal(seed, 0.1).items() if name in PARAMS_FOR_MESH}
+
+
+def device_bytes(tree):
+  return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_moments_lie_where_their_parameters_lie(name):
+  params = mesh_params()
+  tx = optimizer.make(dataclasses.replace(BASE, name=name), params)
+  mesh, placed, state, _ = place(tx, params)
+  by_name = {jax.tree_util.keystr(p, simple=True, separator='/'): x
+             for p, x in jax.tree_util.tree_leaves_with_path(placed)}
+  moments = 0
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    key = jax.tree_util.keystr(path, simple=True, separator='/')
+    owner = next((x for n, x in by_name.items() if key.endswith('/' + n)), None)
+    if owner is not None and owner.shape == leaf.shape:
+      moments += 1
+      assert leaf.sharding.is_equivalent_to(owner.sharding, leaf.ndim), key
+    elif owner is None or leaf.shape == (1,):
+      assert leaf.sharding.is_fully_replicated and leaf.size <= 3, key
+  factored = 4 if name == 'adafactor' else 0
+  assert moments == len(by_name) * (2 if name == 'adamw' else 1) - factored + (
+      len(by_name) - 5 if name == 'muon' else 0)
+  unsharded = sum(x.nbytes for x in jax.tree.leaves(state))
+  assert device_bytes(state) < 0.3 * unsharded
+  assert device_bytes(jax.jit(tx.init)(placed)) > 0.9 * unsharded    # the trap this guards against
+
+
+def test_factored_moments_lose_the_reduced_letter():
+  params = mesh_params()
+  tx = optimizer.make(dataclasses.replace(BASE, name='adafactor'), params)
+  specs = optimizer.opt_state_specs(tx, params, sharding.param_specs(params, mesh_222()))
+  state = specs[1][0]
+  P = jax.sharding.PartitionSpec
+  assert state.v_row['embed_VD'] == P('fsdp') and state.v_col['embed_VD'] == P('tensor')          # (160, 128)
+  assert state.v_row['unembed_DV'] == P('fsdp') and state.v_col['unembed_DV'] == P('tensor')
+  mlp = (state.v_row['blocks0']['mlp'], state.v_col['blocks0']['mlp'])
+  assert [m['w_up_DF'] for m in mlp] == [P(None, 'fsdp'), P(None, 'tensor')]
+  assert [m['w_down_FD'] for m in mlp] == [P(None, 'fsdp'), P(None, 'tensor')]
+  assert state.v['blocks0']['attention']['w_q_DNH'] == P(None, 'fsdp', 'tensor', None)            # 4 x 32: not factored
+  assert state.v['embed_VD'] == P()
+
+
+@settings(deadline=None, max_examples=15)
+@given(d=st.sampled_from([128, 256]), f=st.sampled_from([128, 256]), layers=st.sampled_from([1, 2]))
+def test_factored_specs_follow_optax_for_square_matrices_too(d, f, layers):
+  """Every dim of every row and column mean carries the axis of the dim it came from, seen through its values."""
+  params = {'blocks0': {'w_up_DF': jnp.zeros((layers, d, f)), 'w_down_FD': jnp.zeros((layers, f, d))}}
+  tx = optimizer.make(dataclasses.replace(BASE, name='adafactor', clip_norm=0.0), params)
+  specs = optimizer.opt_state_specs(tx, params, sharding.param_specs(params, mesh_222()))[1][0]
+  # gradients that vary along D only: a mean that kept D varies, one that lost it is flat
+  grads = {'blocks0': {'w_up_DF': jnp.zeros((layers, d, f)) + jnp.arange(1.0, d + 1)[None, :, None],
+                       'w_down_FD': jnp.zeros((layers, f, d)) + jnp.arange(1.0, d + 1)[None, None, :]}}
+  state = tx.update(grads, tx.init(params), params)[1][1][0]
+  for field in ('v_row', 'v_col'):
+    for name in params['blocks0']:
+      kept_d = float(jnp.ptp(getattr(state, field)['blocks0'][name])) > 0
+      assert getattr(specs, field)['blocks0'][name][1] == ('fsdp' if kept_d else 'tensor'), (field, name, d, f)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_update_on_a_mesh_equals_one_device(name):
+  def some(seed):
+    params = mesh_params(seed)
+    block = params['blocks0']
+    return {'embed_VD': params['embed_VD'], 'norm_final': params['norm_final'],
+            'blocks0': {'w_o_NHD': block['attention']['w_o_NHD'], 'w_up_DF': block['mlp']['w_up_DF']}}
+
+  params, grads = some(0), [some(1), some(2)]
+  tx = optimizer.make(dataclasses.replace(BASE, name=name), params)
+  mesh, placed, state, shardings = place(tx, params)
+  on_mesh = jax.jit(tx.update, in_shardings=(shardings[0], shardings[1], shardings[0]),
+                    out_shardings=(shardings[0], shardings[1]))
+  alone, single = tx.init(params), jax.jit(tx.update)
+  for g in grads:
+    want, alone = single(g, alone, params)
+    got, state = on_mesh(jax.device_put(g, shardings[0]), state, placed)
+  for path, w in jax.tree_util.tree_leaves_with_path(want):
+    x = next(x for p, x in jax.tree_util.tree_leaves_with_path(got) if p == path)
+    error = float(np.abs(np.asarray(x) - np.asarray(w)).max() / np.abs(w).max())
+    assert error < (1e-3 if name == 'muon' else 1e-5), (path, error)
+
+
+def test_ema():
+  params = {'w_D': jnp.full(3, 2.0)}
+  ema = {'w_D': jnp.zeros(3)}
+  update = jax.jit(optimizer.ema_update, static_argnums=2)
+  first = update(ema, params, 0.99, jnp.int32(0))['w_D']
+  np.testing.assert_allclose(first, 2.0 * 0.9, rtol=1e-6)                        # d = 1 / 10
+  late = update(ema, params, 0.99, jnp.int32(100_000))['w_D']
+  np.testing.assert_allclose(late, 2.0 * 0.01, rtol=1e-5)
+  same = update(params, params, 0.99, jnp.int32(5))['w_D']
+  np.testing.assert_array_equal(same, params['w_D'])
