@@ -1,5 +1,6 @@
 """The typed configuration. A config file returns an ml_collections.ConfigDict; `parse` applies `--config.a.b=value`
-overrides to it and `build` turns it, once, into the frozen dataclasses that the rest of the code reads.
+overrides to it and `build` turns it, once, into the frozen dataclasses that the rest of the code reads. What each key
+means is written in configs/base.py.
 
 `ConfigError` is the one exception for what a user can put right: commands print it as one line and exit with status 2.
 """
@@ -24,125 +25,125 @@ class ConfigError(ValueError):
 @dataclasses.dataclass(frozen=True)
 class Model:
   """One Transformer. Letters are those of the legend in models/transformer.py."""
-  vocab_size: int = 0              # V; 0: what the tokenizer has, rounded up to a multiple of 64
-  layers: int = 4                  # L
-  width: int = 256                 # D
-  heads: int = 4                   # N
-  kv_heads: int = 0                # K; 0: as many as heads (multi-head); 1: multi-query
-  head_dim: int = 0                # H; 0: width / heads
-  mlp_dim: int = 0                 # F; 0: 4 x width
-  max_length: int = 0              # longest position; 0: data.length
-  norm: str = 'rms'                # rms | layer
-  norm_position: str = 'before'    # before | after (post-norm on the sublayer's output) | both | post (original: after the residual)
+  vocab_size: int = 0
+  layers: int = 4
+  width: int = 256
+  heads: int = 4
+  kv_heads: int = 0
+  head_dim: int = 0
+  mlp_dim: int = 0
+  max_length: int = 0
+  norm: str = 'rms'
+  norm_position: str = 'before'
   norm_eps: float = 1e-6
   norm_bias: bool = False
-  norm_learned: bool = True        # False: no scale (nor bias)
-  norm_unit_offset: bool = False   # scale is 1 + w (Gemma)
-  qk_norm: str = 'none'            # none | head (over H, per head) | full (over all heads, OLMo 2)
-  positions: str = 'rotary'        # rotary | learned | sinusoidal | alibi | none
+  norm_learned: bool = True
+  norm_unit_offset: bool = False
+  qk_norm: str = 'none'
+  positions: str = 'rotary'
   rope_base: float = 10_000.0
-  rope_base_local: float = 0.0     # base of the sliding-window layers; 0: rope_base (Gemma 3 uses 10,000)
-  rope_fraction: float = 1.0       # share of H that rotates
-  rope_scaling: str = 'none'       # none | linear | yarn | llama3; sliding-window layers with a local base never scale
+  rope_base_local: float = 0.0
+  rope_fraction: float = 1.0
+  rope_scaling: str = 'none'
   rope_factor: float = 1.0
-  rope_original_length: int = 0    # context the unscaled model was trained at (yarn, llama3)
-  rope_low_freq: float = 1.0       # llama3
-  rope_high_freq: float = 4.0      # llama3
-  rope_beta_fast: float = 32.0     # yarn
-  rope_beta_slow: float = 1.0      # yarn
-  rope_attention_factor: float = 0.0  # yarn; 0: 0.1 ln(factor) + 1
-  attention: str = 'causal'        # causal | prefix | bidirectional
-  attention_bias: bool = False     # on q, k, v
+  rope_original_length: int = 0
+  rope_low_freq: float = 1.0
+  rope_high_freq: float = 4.0
+  rope_beta_fast: float = 32.0
+  rope_beta_slow: float = 1.0
+  rope_attention_factor: float = 0.0
+  attention: str = 'causal'
+  attention_bias: bool = False
   attention_out_bias: bool = False
-  attention_scale: float = 0.0     # 0: 1 / sqrt(head_dim)
-  attention_softcap: float = 0.0   # 0: off
-  windows: tuple[int, ...] = (0,)  # sliding window by layer, repeated over the depth; 0: all earlier positions
-  mlp: str = 'gelu'                # gelu (tanh) | gelu_exact | geglu | swiglu | relu2 | relu
+  attention_scale: float = 0.0
+  attention_softcap: float = 0.0
+  windows: tuple[int, ...] = (0,)
+  mlp: str = 'gelu'
   mlp_bias: bool = False
   parallel_residual: bool = False
   tied_embeddings: bool = True
-  embedding_scale: bool = False    # multiply embeddings by sqrt(width)
-  embedding_norm: bool = False     # a norm straight after the embedding
-  logit_softcap: float = 0.0       # 0: off
-  embedding_skips: bool = False    # each layer mixes the embedding back into its input (modded-nanogpt)
-  value_skips: bool = False        # each layer mixes the first layer's values into its own (arXiv 2410.17897)
-  zero_init: bool = False          # output projections start at zero
-  init_scale: float = 1.0          # times 1/sqrt(fan in) for every matrix
-  embedding_init: float = 0.02     # standard deviation of the embedding
+  embedding_scale: bool = False
+  embedding_norm: bool = False
+  logit_softcap: float = 0.0
+  embedding_skips: bool = False
+  value_skips: bool = False
+  zero_init: bool = False
+  init_scale: float = 1.0
+  embedding_init: float = 0.02
   dropout: float = 0.0
-  encoder_layers: int = 0          # > 0: encoder-decoder with cross-attention
-  dtype: str = 'auto'              # compute: auto (bfloat16 on TPU and GPU, float32 on CPU) | float32 | bfloat16
-  kernel: str = 'auto'             # attention: auto | xla | cudnn | splash
-  remat: str = 'none'              # none | dots (keep matrix products) | full (keep only layer inputs)
-  unroll: bool = True              # unroll the scan over layers: faster steps, slower compile on deep models
+  encoder_layers: int = 0
+  dtype: str = 'auto'
+  kernel: str = 'auto'
+  remat: str = 'none'
+  unroll: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
   """One place documents come from; a mixture has several."""
-  source: str = 'stdlib'           # stdlib | text | jsonl | parquet | arrayrecord | tfds
-  path: str = ''                   # file, folder or glob; for tfds the dataset's name, as 'tiny_shakespeare' or 'name/config:1.0.0'
-  field: str = 'text'              # the text's key in jsonl, parquet, arrayrecord and tfds records
-  weight: float = 1.0              # share of the mixture's sequences, before temperature
+  source: str = 'stdlib'
+  path: str = ''
+  field: str = 'text'
+  weight: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-  source: str = 'stdlib'           # a Source's source, or 'mixture'
+  source: str = 'stdlib'
   path: str = ''
   field: str = 'text'
-  mixture: tuple[Source, ...] = () # the sources of 'mixture', as dicts
-  temperature: float = 1.0         # mixture weights ** (1 / temperature)
-  length: int = 256                # T: tokens per sequence
-  packing: str = 'concat'          # concat (one stream, as GPT) | pack (documents kept apart by segment ids)
-  valid: str = 'hash'              # hash (a fixed share of documents) | tail (the last share of the text) | given
-  valid_fraction: float = 0.05     # hash and tail
-  valid_path: str = ''             # given: like path; for tfds the name of a split
-  cache_dir: str = ''              # stores and tokenizers; '': $XDG_CACHE_HOME/llm_jax or ~/.cache/llm_jax
-  workers: int = 0                 # Grain worker processes; 0: threads
-  max_bad_records: int = 0         # corrupt records or bad UTF-8 to skip before failing
+  mixture: tuple[Source, ...] = ()
+  temperature: float = 1.0
+  length: int = 256
+  packing: str = 'concat'
+  valid: str = 'hash'
+  valid_fraction: float = 0.05
+  valid_path: str = ''
+  cache_dir: str = ''
+  workers: int = 0
+  max_bad_records: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-  kind: str = 'sentencepiece'      # byte | char | sentencepiece | hf
-  path: str = ''                   # a .model (sentencepiece) or tokenizer.json (hf) to load; '': train on the data
-  vocab_size: int = 4096           # sentencepiece, when trained
-  algorithm: str = 'bpe'           # sentencepiece: bpe | unigram
-  train_mb: float = 8.0            # text the tokenizer is trained on, evenly sampled
+  kind: str = 'sentencepiece'
+  path: str = ''
+  vocab_size: int = 4096
+  algorithm: str = 'bpe'
+  train_mb: float = 8.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-  steps: int = 1000                # 0: as many as fit in `minutes`
-  minutes: float = 0.0             # > 0: wall-clock budget of the training loop; steps are set from measured speed
-  batch_size: int = 32             # B: sequences per step, over all devices
-  accumulate: int = 1              # microbatches per step
+  steps: int = 1000
+  minutes: float = 0.0
+  batch_size: int = 32
+  accumulate: int = 1
   accumulate_dtype: str = 'float32'
   seed: int = 0
-  objective: str = 'causal'        # causal | prefix | masked | span
+  objective: str = 'causal'
   z_loss: float = 0.0
   label_smoothing: float = 0.0
-  loss_chunk: int = 0              # positions per chunk of the cross-entropy; 0: all at once
-  ema: float = 0.0                 # decay of the parameters' moving average; 0: none kept
-  on_nonfinite: str = 'stop'       # stop | skip: what a step with a non-finite loss or gradient does (state unchanged)
+  loss_chunk: int = 0
+  ema: float = 0.0
+  on_nonfinite: str = 'stop'
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  name: str = 'adamw'              # adamw | adafactor | lion | muon
-  learning_rate: float = 1e-3      # peak
-  matrix_learning_rate: float = 0.02  # muon: peak for the matrices; the rest uses learning_rate
-  schedule: str = 'cosine'         # constant | linear | cosine | inverse_sqrt | wsd
+  name: str = 'adamw'
+  learning_rate: float = 1e-3
+  matrix_learning_rate: float = 0.02
+  schedule: str = 'cosine'
   warmup_steps: int = 100
-  decay_fraction: float = 0.4      # wsd: share of the steps that decay
-  final_fraction: float = 0.1      # learning rate at the end, as a share of the peak
+  decay_fraction: float = 0.4
+  final_fraction: float = 0.1
   b1: float = 0.9
   b2: float = 0.95
   eps: float = 1e-8
-  momentum: float = 0.95           # muon
-  weight_decay: float = 0.1        # on matrices and embeddings; not on scales and biases
-  clip_norm: float = 1.0           # global norm; 0: off
+  momentum: float = 0.95
+  weight_decay: float = 0.1
+  clip_norm: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,38 +155,38 @@ class Mesh:
   context: int = 1
   expert: int = 1
   stage: int = 1
-  distributed: bool = False        # call jax.distributed.initialize() (TPU pods, SLURM, GKE need no arguments)
+  distributed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  every: int = 500                 # steps; 0: only at the end
-  keep: int = 2                    # newest steps kept
-  resume: bool = True              # go on from the newest step in workdir
+  every: int = 500
+  keep: int = 2
+  resume: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-  every: int = 200                 # steps; 0: only at the end
-  batches: int = 16                # batches per periodic evaluation; the last evaluation uses all held-out text
-  batch_size: int = 0              # 0: train.batch_size
-  prompts: tuple[str, ...] = ()    # continued at every evaluation and in the report
-  samples: int = 0                 # further samples from an empty prompt at the end
+  every: int = 200
+  batches: int = 16
+  batch_size: int = 0
+  prompts: tuple[str, ...] = ()
+  samples: int = 0
   max_tokens: int = 128
   temperature: float = 0.8
   top_p: float = 0.95
-  python: bool = False             # report how many samples ast.parse accepts, and gzip -9 and xz -9 of the held-out files
+  python: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-  every: int = 10                  # steps per console line
+  every: int = 10
   tensorboard: bool = True
-  progress: str = 'auto'           # auto (rich on a terminal, lines elsewhere) | rich | lines
-  profile: str = ''                # 'first:last' steps to trace with jax.profiler
-  compile_cache: bool = True       # keep compiled programs on disk between runs
-  co2_kg_per_kwh: float = 0.4      # assumed grid intensity for the report
-  cpu_watts_per_core: float = 10.0 # assumed power, where none can be read
+  progress: str = 'auto'
+  profile: str = ''
+  compile_cache: bool = True
+  co2_kg_per_kwh: float = 0.4
+  cpu_watts_per_core: float = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +200,7 @@ class Config:
   checkpoint: Checkpoint = Checkpoint()
   eval: Eval = Eval()
   log: Log = Log()
-  init_from: str = ''              # a run directory whose weights a new run starts from
+  init_from: str = ''
 
 
 CHOICES = {

@@ -1,4 +1,4 @@
-"""Batches: a pure function of (seed, step), however it is reached; every token once; nothing mixed between documents."""
+"""Batches: a pure function of (seed, step), however reached; every token once; nothing crosses documents."""
 import collections
 import functools
 import os
@@ -55,6 +55,11 @@ def mixture_of(packing):
   return dict(source='mixture', path='', mixture=sources, packing=packing, temperature=1.5, valid='tail')
 
 
+@functools.cache
+def made(packing, objective, mixed):
+  return make(objective, **(mixture_of(packing) if mixed else dict(packing=packing)), length=32)
+
+
 def assert_equal(a, b):
   assert a.keys() == b.keys()
   for name in a:
@@ -88,8 +93,8 @@ def test_mixture_counts_stay_within_one_of_their_share(weights, temperature):
   mixture = Mixture(weights, temperature)
   share = np.array(weights) ** (1 / temperature)
   share /= share.sum()
-  assert np.abs(mixture.shares - share).max() <= 1.01 / 2**16 + 1e-9
-  n = min(3 * mixture.period, 150_000)
+  assert np.abs(mixture.shares - share).max() <= 1.01 / 2**14 + 1e-9
+  n = min(3 * mixture.period, 20_000)
   source, number = mixture(np.arange(n))
   given_ = np.cumsum(source[:, None] == np.arange(len(weights)), axis=0)
   assert np.abs(given_ - np.arange(1, n + 1)[:, None] * mixture.shares).max() < 1 + 1e-6
@@ -126,7 +131,7 @@ def test_shapes_dtypes_and_repeatability(packing, objective):
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 10**9), st.sampled_from(OBJECTIVES), st.lists(st.integers(0, 8), max_size=3), st.booleans())
 def test_any_number_of_hosts_gives_the_same_global_batch(step, how, cuts, mixed):
-  batches = make(how[1], **(mixture_of(how[0]) if mixed else dict(packing=how[0])), length=32)
+  batches = made(*how, mixed)
   edges = sorted({0, 8, *cuts})
   parts = [batches(step, rows) for rows in zip(edges[:-1], edges[1:])]
   whole = batches(step)

@@ -260,9 +260,10 @@ def test_turning_point():
   assert metrics.turning_point(curve(decay)) is None
   assert metrics.turning_point(curve(decay + np.where(t > 15, 0.03 * (t - 15), 0))) == 1600
   assert metrics.turning_point(curve([4, 3, 2.5, 2.4, 2.5, 2.7, 2.9])) == 400
-  assert metrics.turning_point(curve([4, 3, 2.5, 2.4, 2.5, 2.7])) is None             # two evaluations since
+  assert metrics.turning_point(curve([2.4] * 12 + [2.39, 3, 3])) is None              # two evaluations since
+  assert metrics.turning_point(curve([2.4] * 12 + [2.39, 3, 3, 3])) == 1300
   assert metrics.turning_point(curve([4, 3, 2.4, 2.8, 2.9, 2.9, 2.3, 2.2])) is None   # it came back
-  assert metrics.turning_point(curve([2, 1.9, 1.8, 1.801, 1.802, 1.803])) is None     # a rise of 0.2%
+  assert metrics.turning_point(curve([2.4] * 12 + [2.39] + [2.398] * 6)) is None      # a rise of 0.3%
   assert metrics.turning_point([]) is None and metrics.turning_point(curve([1, 2, 3])) is None
   assert metrics.turning_point([(1, None), (2, math.nan), *curve([4, 3, 2.5, 2.4, 2.5, 2.7, 2.9])]) == 400
   for noise in [0.003, 0.01, 0.03] * 30:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
 from llm_jax import config, sharding
 from llm_jax.train import optimizer
@@ -59,7 +60,7 @@ def test_schedule_rises_then_falls_within_its_bounds(name, horizon, warmup, fina
   got = factors(np.arange(300), horizon, schedule=name, warmup_steps=warmup, final_fraction=final)[:horizon]
   peak = min(warmup, horizon // 2)
   assert (got > 0).all() and (got <= 1).all()
-  assert got[max(peak - 1, 0)] == 1
+  np.testing.assert_allclose(got[max(peak - 1, 0)], 1, rtol=1e-6)
   assert (np.diff(got[:peak]) > 0).all() and (np.diff(got[peak:]) <= 1e-6).all()
 
 
@@ -87,6 +88,16 @@ def tree(make):
 
 def normal(seed, scale):
   return tree(lambda i, shape: scale * np.random.default_rng([seed, i]).normal(size=shape).astype(np.float32))
+
+
+def few(seed, scale):
+  """One of each kind, for what has to be compiled."""
+  params = normal(seed, scale)
+  block, tail = params['blocks0'], params['tail0']
+  return {'embed_VD': params['embed_VD'], 'norm_final': params['norm_final'],
+          'blocks0': {'attention': {name: block['attention'][name] for name in ('w_q_DNH', 'w_o_NHD', 'b_q_NH')},
+                      'mlp': {'w_down_FD': block['mlp']['w_down_FD']}},
+          'tail0': {'mlp': {'w_up_EDF': tail['mlp']['w_up_EDF']}}}
 
 
 def names(labels, label):
@@ -184,11 +195,11 @@ def reference(cfg, params, grads_by_step, factor):
   return flat
 
 
-@pytest.mark.parametrize('name, clip_norm', [*((name, 1.0) for name in NAMES), ('adamw', 0.0)])
+@pytest.mark.parametrize('name, clip_norm', [('adamw', 1.0), ('adafactor', 1.0), ('lion', 0.0), ('muon', 1.0)])
 def test_matches_float64_reference(name, clip_norm):
   cfg = dataclasses.replace(BASE, name=name, learning_rate=0.01, weight_decay=0.3, clip_norm=clip_norm)
-  params, factor = normal(0, 0.1), 0.5
-  grads_by_step = [normal(t + 1, 0.02 * (t + 1)) for t in range(4)]
+  params, factor = few(0, 0.1), 0.5
+  grads_by_step = [few(t + 1, 0.02 * (t + 1)) for t in range(4)]
   tx = optimizer.make(cfg, params)
 
   @jax.jit
@@ -212,8 +223,8 @@ def test_matches_float64_reference(name, clip_norm):
 @pytest.mark.parametrize('name', NAMES)
 def test_zero_gradients_only_decay(name):
   rng = np.random.default_rng(0)
-  params = {'embed_VD': rng.normal(size=(8, 4)), 'norm': {'scale_D': rng.normal(size=4)}, 'w_up_DF': rng.normal(size=(4, 6))}
-  params = jax.tree.map(jnp.float32, params)
+  shapes = {'embed_VD': (8, 4), 'norm': {'scale_D': (4,)}, 'w_up_DF': (4, 6)}
+  params = jax.tree.map(lambda s: jnp.float32(rng.normal(size=s)), shapes, is_leaf=lambda s: isinstance(s, tuple))
   tx = optimizer.make(dataclasses.replace(BASE, name=name), params)
   updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
   peak = BASE.matrix_learning_rate if name == 'muon' else BASE.learning_rate
@@ -275,7 +286,6 @@ def test_factored_moments_lose_the_reduced_letter():
   tx = optimizer.make(dataclasses.replace(BASE, name='adafactor'), params)
   specs = optimizer.opt_state_specs(tx, params, sharding.param_specs(params, mesh_222()))
   state = specs[1][0]
-  P = jax.sharding.PartitionSpec
   assert state.v_row['embed_VD'] == P('fsdp') and state.v_col['embed_VD'] == P('tensor')          # (160, 128)
   assert state.v_row['unembed_DV'] == P('fsdp') and state.v_col['unembed_DV'] == P('tensor')
   mlp = (state.v_row['blocks0']['mlp'], state.v_col['blocks0']['mlp'])
@@ -285,32 +295,27 @@ def test_factored_moments_lose_the_reduced_letter():
   assert state.v['embed_VD'] == P()
 
 
-@settings(deadline=None, max_examples=15)
-@given(d=st.sampled_from([128, 256]), f=st.sampled_from([128, 256]), layers=st.sampled_from([1, 2]))
-def test_factored_specs_follow_optax_for_square_matrices_too(d, f, layers):
-  """Every dim of every row and column mean carries the axis of the dim it came from, seen through its values."""
-  params = {'blocks0': {'w_up_DF': jnp.zeros((layers, d, f)), 'w_down_FD': jnp.zeros((layers, f, d))}}
-  tx = optimizer.make(dataclasses.replace(BASE, name='adafactor', clip_norm=0.0), params)
+def test_factored_specs_follow_optax_for_square_matrices_too():
+  """Gradients that vary along D only: a mean that kept D varies, one that lost it is flat; so which dim is left is seen
+  in the values, whatever the order in which optax takes equal dims."""
+  sizes = dict(blocks0=(2, 128, 256), blocks1=(2, 256, 128), blocks2=(2, 128, 128))
+  params = {name: {'w_up_DF': jnp.zeros((L, d, f)), 'w_down_FD': jnp.zeros((L, f, d))}
+            for name, (L, d, f) in sizes.items()}
+  grads = {name: {'w_up_DF': jnp.zeros((L, d, f)) + jnp.arange(1.0, d + 1)[None, :, None],
+                  'w_down_FD': jnp.zeros((L, f, d)) + jnp.arange(1.0, d + 1)[None, None, :]}
+           for name, (L, d, f) in sizes.items()}
+  tx = optimizer.make(dataclasses.replace(BASE, name='adafactor'), params)
   specs = optimizer.opt_state_specs(tx, params, sharding.param_specs(params, mesh_222()))[1][0]
-  # gradients that vary along D only: a mean that kept D varies, one that lost it is flat
-  grads = {'blocks0': {'w_up_DF': jnp.zeros((layers, d, f)) + jnp.arange(1.0, d + 1)[None, :, None],
-                       'w_down_FD': jnp.zeros((layers, f, d)) + jnp.arange(1.0, d + 1)[None, None, :]}}
-  state = tx.update(grads, tx.init(params), params)[1][1][0]
+  state = jax.jit(tx.update)(grads, tx.init(params), params)[1][1][0]
   for field in ('v_row', 'v_col'):
-    for name in params['blocks0']:
-      kept_d = float(jnp.ptp(getattr(state, field)['blocks0'][name])) > 0
-      assert getattr(specs, field)['blocks0'][name][1] == ('fsdp' if kept_d else 'tensor'), (field, name, d, f)
+    for path, moment in jax.tree_util.tree_leaves_with_path(getattr(state, field)):
+      spec = getattr(specs, field)[path[0].key][path[1].key]
+      assert spec == P(None, 'fsdp' if float(jnp.ptp(moment)) > 0 else 'tensor'), (field, path)
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', ['adafactor', 'muon'])
 def test_update_on_a_mesh_equals_one_device(name):
-  def some(seed):
-    params = mesh_params(seed)
-    block = params['blocks0']
-    return {'embed_VD': params['embed_VD'], 'norm_final': params['norm_final'],
-            'blocks0': {'w_o_NHD': block['attention']['w_o_NHD'], 'w_up_DF': block['mlp']['w_up_DF']}}
-
-  params, grads = some(0), [some(1), some(2)]
+  params, grads = few(0, 0.1), [few(1, 0.1), few(2, 0.1)]
   tx = optimizer.make(dataclasses.replace(BASE, name=name), params)
   mesh, placed, state, shardings = place(tx, params)
   on_mesh = jax.jit(tx.update, in_shardings=(shardings[0], shardings[1], shardings[0]),

@@ -68,7 +68,7 @@ def _norm(cfg, p, x):
   if cfg.norm == 'layer':
     flat = flat - flat.mean(-1, keepdims=True)
   y = flat / np.sqrt((flat**2).mean(-1, keepdims=True) + cfg.norm_eps)
-  for name, w in (p or {}).items():
+  for name, w in sorted((p or {}).items(), reverse=True):      # scale_*, then bias_*
     y = y * (w.ravel() + cfg.norm_unit_offset) if name.startswith('scale') else y + w.ravel()
   return y.reshape(x.shape)
 

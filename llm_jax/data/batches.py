@@ -9,10 +9,10 @@ import numpy as np
 from llm_jax import config as config_lib
 from llm_jax.config import ConfigError
 from llm_jax.data import objectives
-from llm_jax.data.objectives import Ids, hash64
+from llm_jax.data.objectives import GOLDEN, Ids, hash64, mix64
 from llm_jax.data.store import Store
 
-PERIOD = 1 << 16              # longest period of a mixture's schedule: weights are multiples of 1 / PERIOD or less
+PERIOD = 1 << 14              # longest period of a mixture's schedule: weights are multiples of 1 / PERIOD or less
 
 
 class Batches:
@@ -184,14 +184,14 @@ def permute(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
   bits = max((size - 1).bit_length(), 2)
   half, low = np.uint64(bits // 2), np.uint64((1 << bits // 2) - 1)
   high = np.uint64((1 << bits - bits // 2) - 1)
-  key = np.broadcast_to(key, np.shape(index))
+  key_r = np.broadcast_to(key, np.shape(index)) ^ (np.arange(1, 9, dtype=np.uint64) * GOLDEN)[:, None]
   out = np.asarray(index).astype(np.uint64)
   todo = np.arange(len(out))
   while len(todo):
     left, right = out[todo] >> half, out[todo] & low
-    for i in range(4):
-      left = left ^ (hash64(key[todo], 2 * i, right) & high)
-      right = right ^ (hash64(key[todo], 2 * i + 1, left) & low)
+    for i in range(0, 8, 2):
+      left = left ^ (mix64(right ^ key_r[i, todo]) & high)
+      right = right ^ (mix64(left ^ key_r[i + 1, todo]) & low)
     out[todo] = left << half | right
     todo = todo[out[todo] >= size]
   return out.astype(np.int64)
@@ -201,8 +201,8 @@ class Mixture:
   """Which source example i comes from, and its number within that source, in closed form: one period of a schedule.
 
   `shares` are the weights ** (1 / temperature), normalised, as multiples of 1 / period (exact where a period of at
-  most PERIOD allows). After any n examples each source has given n * share of them, to within 1 (Tijdeman 1980: of those
-  whose turn may come, the one whose turn must come first)."""
+  most PERIOD allows). After any n examples each source has given n * share of them, to within 1 (Tijdeman 1980: of
+  those whose turn may come, the one whose turn must come first)."""
 
   def __init__(self, weights, temperature: float = 1.0):
     share = np.asarray(weights, np.float64) ** (1 / temperature)
@@ -216,13 +216,14 @@ class Mixture:
       step = 1 if count.sum() < period else -1
       count[np.argmax(np.where((count > 1) | (step > 0), gap * step, -np.inf))] += step
     self.shares, self.count, self.period = count / period, count, period
-    self.source, self.number = np.zeros(period, np.int64), np.zeros(period, np.int64)
-    given = np.zeros(len(count), np.int64)                       # by each source, among the first n
-    for n in range(period if len(count) > 1 else 0):
-      may = given * period < (n + 1) * count
-      s = int(np.argmin(np.where(may, (given + 1) / count, np.inf)))
-      self.source[n], self.number[n] = s, given[s]
+    counts, given = count.tolist(), [0] * len(count)
+    source, number = np.zeros(period, np.int64), np.arange(period)
+    for n in range(period if len(counts) > 1 else 0):
+      may = [s for s, c in enumerate(counts) if given[s] * period < (n + 1) * c]
+      source[n] = s = min(may, key=lambda s: (given[s] + 1) / counts[s])
+      number[n] = given[s]
       given[s] += 1
+    self.source, self.number = source, number
 
   def __call__(self, example: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(source, number within the source) of each example."""

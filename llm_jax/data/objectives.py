@@ -11,7 +11,7 @@ import numpy as np
 from llm_jax.config import ConfigError
 
 NOISE, SPAN = 0.15, 3.0     # share of tokens that are masked or corrupted; mean length of a corrupted span
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,20 +30,28 @@ class Ids:
                tuple(tokenizer.sentinel_ids))
 
 
+def mix64(h: np.ndarray) -> np.ndarray:
+  """A bijection of uint64 in which every bit in changes about half of the bits out: one step of splitmix64."""
+  h = h + GOLDEN
+  h ^= h >> np.uint64(30)
+  h *= np.uint64(0xBF58476D1CE4E5B9)
+  h ^= h >> np.uint64(27)
+  h *= np.uint64(0x94D049BB133111EB)
+  h ^= h >> np.uint64(31)
+  return h
+
+
 def hash64(*parts) -> np.ndarray:
-  """uint64 hash (the finaliser of splitmix64, chained) of integers or integer arrays, broadcast; at least 1-D."""
+  """uint64 hash of integers or integer arrays, broadcast; at least 1-D."""
   h = np.zeros(1, np.uint64)
   for part in parts:
-    h = (h ^ np.atleast_1d(np.asarray(part)).astype(np.uint64)) + _GOLDEN
-    h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    h = h ^ (h >> np.uint64(31))
+    h = mix64(h ^ np.atleast_1d(np.asarray(part)).astype(np.uint64))
   return h
 
 
 def _uniform(key_B, salt, n):
   """float64 [B, n] in [0, 1)."""
-  return (hash64(hash64(key_B, salt)[:, None], np.arange(n)[None]) >> np.uint64(11)) * 2.0**-53
+  return (mix64(hash64(key_B, salt)[:, None] ^ np.arange(n, dtype=np.uint64)) >> np.uint64(11)) * 2.0**-53
 
 
 def raw_length(objective: str, length: int, ids: Ids, packing: str) -> int:

@@ -1,11 +1,19 @@
 """Text to token ids and back: byte, character, SentencePiece, Hugging Face. Special ids never come out of text.
 
-Every tokenizer has vocab_size, bos_id, eos_id, pad_id, mask_id, sentinel_ids, kind, fingerprint, and encode, encode_batch,
-decode, decode_bytes, save. `build` trains or loads what the config says; `load` reads back what `save` wrote.
+Every tokenizer has kind, vocab_size, bos_id, eos_id, pad_id, mask_id, sentinel_ids and fingerprint, and encode,
+encode_batch, decode, decode_bytes and save. `build` trains or loads what a config says; `load` reads what `save` wrote.
 """
+import collections
+import contextlib
 import hashlib
+import io
+import itertools
 import json
+import os
 import pathlib
+import re
+import sys
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -13,11 +21,20 @@ from llm_jax import config as config_lib
 from llm_jax.config import ConfigError, nearest
 
 FORMAT = 1
-SENTINELS = 16
+SPECIALS = ('<mask>', *(f'<extra_id_{k}>' for k in range(16)))    # after <bos> in our own vocabularies
+SPACE = '\u2581'                                                  # what SentencePiece writes for ' '
+
+# What one piece of our own SentencePiece may span: a line from its newline on. Words are not kept apart, because pieces
+# such as '\n        self.' and ' = None' give 9 to 20% more bytes per token on Python than pieces within words.
+# No piece has a newline anywhere but at its start, so encoding line by line, which is twice as fast, changes no id.
+SPAN = re.compile(r'[\r\n]+[^\r\n]{0,80}|[^\r\n]{1,80}')
+LINE = re.compile(rf'{SPACE}|[\r\n]+[^\r\n{SPACE}]*|[^\r\n{SPACE}]+')
+TAB = '\ue009'                                                    # a tab in training, whose input is tab-separated
+UNTRAINABLE = re.compile(rf'[\0{SPACE}{TAB}\ud800-\udfff]')
 
 
 class Tokenizer:
-  """What all kinds share."""
+  """What all kinds share. Ids are int32; an id that is special or out of range decodes to nothing."""
   kind: str
   vocab_size: int
   bos_id: int | None = None
@@ -25,76 +42,251 @@ class Tokenizer:
   pad_id: int = 0
   mask_id: int | None = None
   sentinel_ids: tuple[int, ...] = ()
-  fingerprint: str
+  fingerprint: str                 # sha256 of everything that decides the ids
+  model_file = ''                  # of the saved folder; its content is `model`
+  model = b''
 
   def encode(self, text: str) -> np.ndarray:
-    """int32 [tokens]; no bos or eos."""
+    """Ids of ordinary text, int32 [tokens]; neither bos nor eos is added. Raises ConfigError for what has no ids."""
     return self.encode_batch([text])[0]
 
+  def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+    """`encode` of several texts, on all cores where the library can."""
+    try:
+      return self._encode_batch(texts)
+    except UnicodeEncodeError as e:
+      raise ConfigError(f'expected Unicode text, got half of a surrogate pair, {e.object[e.start]!r}') from e
+
   def decode(self, ids) -> str:
+    """Text of ids; bytes that are not UTF-8 become U+FFFD."""
     return self.decode_bytes(ids).decode('utf-8', 'replace')
+
+  def decode_bytes(self, ids) -> bytes:
+    """Exactly the bytes of ids, which may end inside a character."""
+    return b''.join([self._bytes[i] for i in self._known(ids)])
+
+  def _known(self, ids):
+    return [i for i in np.asarray(ids, np.int64).reshape(-1).tolist() if 0 <= i < self.vocab_size]
+
+  def save(self, folder: pathlib.Path) -> None:
+    """Writes a self-contained folder for `load`."""
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if self.model_file:
+      (folder / self.model_file).write_bytes(self.model)
+    meta = dict(format=FORMAT, kind=self.kind, fingerprint=self.fingerprint, **self._meta())
+    (folder / 'meta.json').write_text(json.dumps(meta, indent=1))
+
+  def _meta(self):
+    return {}
+
+  def _sign(self, *parts):
+    self.fingerprint = hashlib.sha256(json.dumps([self.kind, FORMAT, *parts]).encode() + self.model).hexdigest()
 
 
 class Byte(Tokenizer):
+  """UTF-8 bytes are ids 0 to 255; then <bos>, <mask> and the sentinels."""
   kind = 'byte'
   bos_id = eos_id = 256
   mask_id = 257
-  sentinel_ids = tuple(range(258, 258 + SENTINELS))
-  vocab_size = 258 + SENTINELS
-  fingerprint = hashlib.sha256(b'byte 1').hexdigest()
+  sentinel_ids = tuple(range(258, 274))
+  vocab_size = 274
 
-  def encode_batch(self, texts):
-    return [np.frombuffer(t.encode(), np.uint8).astype(np.int32) for t in texts]
+  def __init__(self):
+    self._sign()
 
-  def decode_bytes(self, ids) -> bytes:
-    ids = np.asarray(ids, np.int64).reshape(-1)
-    return ids[(ids >= 0) & (ids < 256)].astype(np.uint8).tobytes()
+  def _encode_batch(self, texts):
+    return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
 
-  def save(self, folder: pathlib.Path):
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / 'meta.json').write_text(json.dumps(dict(format=FORMAT, kind=self.kind)))
+  def decode_bytes(self, ids):
+    return bytes([i for i in self._known(ids) if i < 256])
 
 
 class Char(Tokenizer):
+  """One id per character of an alphabet, in its order; no special ids."""
   kind = 'char'
 
   def __init__(self, alphabet: str):
-    self.alphabet = alphabet
-    self.vocab_size = len(alphabet)
-    self.fingerprint = hashlib.sha256(b'char 1' + alphabet.encode()).hexdigest()
-    self._codes = np.frombuffer(alphabet.encode('utf-32-le'), np.uint32)
-    self._table = np.full(0x110000, -1, np.int32)
-    self._table[self._codes] = np.arange(len(alphabet))
+    self.alphabet, self.vocab_size = alphabet, len(alphabet)
+    self._bytes = [c.encode() for c in alphabet]
+    self._ids = np.full(sys.maxunicode + 1, -1, np.int32)
+    self._ids[np.frombuffer(alphabet.encode('utf-32-le'), np.uint32)] = np.arange(len(alphabet))
+    self._sign(alphabet)
 
-  def encode_batch(self, texts):
-    return [self._encode(t) for t in texts]
+  def _encode_batch(self, texts):
+    found = [self._ids[np.frombuffer(text.encode('utf-32-le'), np.uint32)] for text in texts]
+    for text, ids in zip(texts, found):
+      if len(ids) and ids.min() < 0:
+        c = text[int(ids.argmin())]
+        raise ConfigError(f'character {c!r} (U+{ord(c):04X}) is not among the {self.vocab_size} of the character '
+                          f'tokenizer; leave it out, or train with config.tokenizer.kind=byte')
+    return found
 
-  def _encode(self, text):
-    ids = self._table[np.frombuffer(text.encode('utf-32-le'), np.uint32)]
-    if len(ids) and ids.min() < 0:
-      raise ConfigError(f'character {text[int(ids.argmin())]!r} is not in the alphabet of the character tokenizer')
-    return ids
-
-  def decode_bytes(self, ids) -> bytes:
-    return ''.join(self.alphabet[i] for i in ids if 0 <= i < len(self.alphabet)).encode()
-
-  def save(self, folder: pathlib.Path):
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / 'meta.json').write_text(json.dumps(dict(format=FORMAT, kind=self.kind, alphabet=self.alphabet)))
+  def _meta(self):
+    return dict(alphabet=self.alphabet)
 
 
-def build(tokenizer: config_lib.Tokenizer, texts) -> Tokenizer:
-  """Trains on texts, or loads, what the config says."""
-  if tokenizer.kind == 'byte':
-    return Byte()
+class SentencePiece(Tokenizer):
+  """A SentencePiece model: one of ours (`own`), exact on any Unicode string, or one from elsewhere, whose ids and text
+  are those of the sentencepiece library. (Kudo and Richardson 2018, arXiv 1808.06226.)"""
+  kind = 'sentencepiece'
+  model_file = 'tokenizer.model'
+
+  def __init__(self, model: bytes, own: bool):
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
+    self.model, self.own = model, own
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    for piece in proto.pieces:
+      if piece.type == piece.USER_DEFINED and LOOKS_SPECIAL.fullmatch(piece.piece):
+        piece.type = piece.CONTROL      # user-defined pieces come out of text; these would let text forge a turn
+    self._normalizer = proto.normalizer_spec
+    self._sp = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    self.vocab_size = self._sp.vocab_size()
+    self._bytes = [_piece_bytes(p, proto.trainer_spec.unk_surface) for p in proto.pieces]
+    ids = {p.piece: i for i, p in enumerate(proto.pieces) if p.type == p.CONTROL}
+    self.mask_id = ids.get('<mask>')
+    self.sentinel_ids = tuple(ids[s] for s in SPECIALS[1:] if s in ids)
+    bos, eos, pad = self._sp.bos_id(), self._sp.eos_id(), self._sp.pad_id()
+    self.bos_id = None if bos < 0 else bos
+    self.eos_id = self.bos_id if own else None if eos < 0 else eos
+    self.pad_id = max(pad, 0)
+    if own:
+      self._space = np.array([self._sp.piece_to_id(f'<0x{b:02X}>') for b in SPACE.encode()], np.int32)
+    self._sign(own)
+
+  def _encode_batch(self, texts):
+    threads = os.cpu_count() or 1
+    if not self.own:
+      return [np.array(ids, np.int32) for ids in self._sp.encode(texts, out_type=int, num_threads=threads)]
+    lines = [LINE.findall(text) for text in texts]
+    ids = iter(self._sp.encode(list(itertools.chain.from_iterable(lines)), out_type=int, num_threads=threads))
+    # The library takes U+2581 in text for a space: as bytes it stays itself.
+    found = ((self._space if line == SPACE else next_ids for line, next_ids in zip(part, ids)) for part in lines)
+    return [np.fromiter(itertools.chain.from_iterable(part), np.int32) for part in found]
+
+  def decode(self, ids):
+    return super().decode(ids) if self.own else self._sp.decode(self._known(ids))
+
+  def decode_bytes(self, ids):
+    data = super().decode_bytes(ids)
+    if self._normalizer.remove_extra_whitespaces:
+      return data.lstrip(b' ')
+    return data.removeprefix(b' ') if self._normalizer.add_dummy_prefix else data
+
+  def _meta(self):
+    return dict(own=self.own)
+
+
+# Markers that some models list as user-defined pieces though only the program may write them.
+LOOKS_SPECIAL = re.compile(r'<\|.*\|>|<(start|end)_of_\w+>|\[/?INST\]|<</?SYS>>|</?s>|<(bos|eos|pad|unk|mask|sep|cls)>')
+
+
+def _piece_bytes(piece, unknown):
+  if piece.type in (piece.NORMAL, piece.USER_DEFINED):
+    return piece.piece.replace(SPACE, ' ').encode()
+  if piece.type == piece.BYTE:
+    return bytes([int(piece.piece[3:5], 16)])
+  return unknown.encode() if piece.type == piece.UNKNOWN else b''
+
+
+def train_sentencepiece(tokenizer: config_lib.Tokenizer, texts: Iterable[str]) -> SentencePiece:
+  """Trains on all of `texts`; the same texts give the same ids. Where they have too few different strings for
+  vocab_size, the vocabulary is as large as they allow, and a line on stderr says so."""
+  import sentencepiece
+  from sentencepiece import sentencepiece_model_pb2
+  reserved = 2 + len(SPECIALS) + 256     # <unk>, <bos>, specials, bytes
+  if tokenizer.vocab_size < reserved + 16:
+    raise ConfigError(f'config.tokenizer.vocab_size: expected at least {reserved + 16} ({reserved} are bytes and '
+                      f'special ids), got {tokenizer.vocab_size}')
+  counts = collections.Counter()
+  for text in texts:
+    counts.update(SPAN.findall(text))
+  spans = [(span.replace('\t', TAB), n) for span, n in counts.items() if not UNTRAINABLE.search(span)]
+  if not spans:
+    raise ConfigError('config.tokenizer: no text to train the tokenizer on')
+  spans.sort(key=lambda span: (-span[1], span[0]))
+  made = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=(f'{span}\t{n}' for span, n in spans), input_format='tsv', model_writer=made, minloglevel=2,
+      model_type=tokenizer.algorithm, vocab_size=tokenizer.vocab_size, hard_vocab_limit=False, num_threads=4,
+      character_coverage=_coverage(spans, (tokenizer.vocab_size - reserved) // 2), byte_fallback=True,
+      normalization_rule_name='identity', add_dummy_prefix=False, remove_extra_whitespaces=False,
+      allow_whitespace_only_pieces=True, split_by_whitespace=False, split_by_unicode_script=False,
+      split_by_number=False, max_sentencepiece_length=32, max_sentence_length=1 << 20,
+      unk_id=0, bos_id=1, eos_id=-1, pad_id=-1, bos_piece='<bos>', control_symbols=list(SPECIALS))
+  proto = sentencepiece_model_pb2.ModelProto.FromString(made.getvalue())
+  for piece in proto.pieces:
+    piece.piece = piece.piece.replace(TAB, '\t')
+  if len(proto.pieces) < tokenizer.vocab_size:
+    print(f'tokenizer: the text has too few different strings for vocab_size={tokenizer.vocab_size}; trained '
+          f'{len(proto.pieces)}', file=sys.stderr)
+  return SentencePiece(proto.SerializeToString(deterministic=True), own=True)
+
+
+def _coverage(spans, most):
+  """Share of characters that get a piece of their own: 99.95%, or as many as fit into half of the vocabulary (Chinese);
+  the rest are spelled in bytes."""
+  counts = collections.Counter()
+  for span, n in spans:
+    for c in span:
+      counts[c] += n
+  return min(0.9995, sum(n for _, n in counts.most_common(most)) / counts.total())
+
+
+def build(tokenizer: config_lib.Tokenizer, texts: Iterable[str]) -> Tokenizer:
+  """The tokenizer a config asks for: loaded from tokenizer.path, or trained on all of `texts`."""
+  path = pathlib.Path(tokenizer.path).expanduser()
+  if tokenizer.path and not path.exists():
+    beside = sorted(p.name for p in path.parent.iterdir())[:20] if path.parent.is_dir() else []
+    raise ConfigError(f'config.tokenizer.path: no file {str(path)!r}{nearest(path.name, beside) if beside else ""}')
+  with _readable(tokenizer.path):
+    if tokenizer.kind == 'hf':
+      from llm_jax.data import hf
+      return hf.load(path)
+    if tokenizer.kind == 'sentencepiece' and tokenizer.path:
+      return SentencePiece(path.read_bytes(), own=False)
+  if tokenizer.kind == 'sentencepiece':
+    return train_sentencepiece(tokenizer, texts)
   if tokenizer.kind == 'char':
-    return Char(''.join(sorted(set().union(*map(set, texts)))))
-  raise ConfigError(f'config.tokenizer.kind: {tokenizer.kind!r} is not known{nearest(tokenizer.kind, ("byte", "char"))}')
+    alphabet = set()
+    for text in texts:
+      alphabet.update(text)
+    if not alphabet:
+      raise ConfigError('config.tokenizer: no text to take the alphabet of the character tokenizer from')
+    return Char(''.join(sorted(alphabet)))
+  return Byte()
 
 
 def load(folder: pathlib.Path) -> Tokenizer:
-  """Reads back what save wrote."""
-  meta = json.loads((pathlib.Path(folder) / 'meta.json').read_text())
-  return Byte() if meta['kind'] == 'byte' else Char(meta['alphabet'])
+  """Reads what `save` wrote. Raises ConfigError where it is incomplete, changed or of a newer format."""
+  folder = pathlib.Path(folder)
+  if not (folder / 'meta.json').is_file():
+    raise ConfigError(f'{folder}: expected a tokenizer saved by llm_jax, found no meta.json')
+  with _readable(folder):
+    meta = json.loads((folder / 'meta.json').read_text())
+    if meta['format'] > FORMAT:
+      raise ConfigError(f'{folder}: tokenizer of format {meta["format"]}, this llm_jax reads up to {FORMAT}; update it')
+    if meta['kind'] == 'byte':
+      made = Byte()
+    elif meta['kind'] == 'char':
+      made = Char(meta['alphabet'])
+    elif meta['kind'] == 'sentencepiece':
+      made = SentencePiece((folder / SentencePiece.model_file).read_bytes(), meta['own'])
+    else:
+      from llm_jax.data.hf import HuggingFace
+      made = HuggingFace((folder / HuggingFace.model_file).read_bytes(), meta['roles'])
+  if made.fingerprint != meta['fingerprint']:
+    raise ConfigError(f'{folder}: changed since it was saved: its fingerprint is not the one in meta.json')
+  return made
+
+
+@contextlib.contextmanager
+def _readable(path):
+  """Turns whatever the libraries raise on a broken file (even bare Exception) into one line that names it."""
+  try:
+    yield
+  except (ConfigError, OSError):
+    raise
+  except Exception as e:
+    raise ConfigError(f'config.tokenizer.path: cannot read {str(path)!r}: {" ".join(str(e).split())[:200]}') from e

@@ -66,12 +66,16 @@ def attend_xla(q_BTNH, k_BSKH, v_BSKH, view: View, *, window, scale, softcap, sl
   if mask is not None:
     score_BKGTS = jnp.where(mask[:, None, None], score_BKGTS, -1e30)   # finite: a row that sees nothing is no NaN
   weight_BKGTS = jax.nn.softmax(score_BKGTS, -1)
+  if view.key_segment_BS is not view.segment_BT:           # cross-attention: a document may have an empty source
+    weight_BKGTS = jnp.where(mask[:, None, None], weight_BKGTS, 0.0)
   o_BTKGH = jnp.einsum('BKGTS,BSKH->BTKGH', weight_BKGTS.astype(v_BSKH.dtype), v_BSKH)
   return o_BTKGH.reshape(B, T, N, H), weight_BKGTS.reshape(B, N, T, S)
 
 
 def attend_cudnn(q_BTNH, k_BSKH, v_BSKH, view: View, *, window, scale):
   """cuDNN's flash attention through jax.nn: half precision, a causal flag and a window instead of a mask."""
+  if view.kind == 'prefix' or view.segment_BT is not None:
+    raise ConfigError("config.model.kernel: 'cudnn' takes neither a prefix nor segments; set it to 'auto' or 'xla'")
   return jax.nn.dot_product_attention(
       q_BTNH, k_BSKH, v_BSKH, scale=scale, is_causal=view.kind == 'causal',
       local_window_size=(window - 1, 0) if window else None, implementation='cudnn')
@@ -85,12 +89,11 @@ def attend_splash(q_BTNH, k_BSKH, v_BSKH, view: View, *, window, scale, softcap,
 
   def local(q_BTNH, k_BSKH, v_BSKH, segment_BT):
     T, N = q_BTNH.shape[1:3]
-    if view.kind == 'bidirectional':
-      mask = masks.FullMask((T, T))
-    elif window:
-      mask = masks.LocalMask((T, T), window_size=(window - 1, 0), offset=0)
+    if window:
+      ahead = window - 1 if view.kind == 'bidirectional' else 0
+      mask = masks.LocalMask((T, T), window_size=(window - 1, ahead), offset=0)
     else:
-      mask = masks.CausalMask((T, T))
+      mask = masks.FullMask((T, T)) if view.kind == 'bidirectional' else masks.CausalMask((T, T))
     block = next(b for b in (1024, 512, 256, 128) if T % b == 0)
     sizes = splash.BlockSizes(block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block,
                               block_kv_dkv=block, block_kv_dkv_compute=block, use_fused_bwd_kernel=True)
@@ -127,13 +130,18 @@ def unusable(kernel: str, cfg: config_lib.Model, platform: str, dtype: str, leng
   if kernel == 'cudnn':
     if platform not in ('gpu', 'cuda'):
       return f'it needs an NVIDIA GPU, this is {platform}'
+    if capability() < 8:
+      return 'it needs an NVIDIA GPU of compute capability 8 (Ampere) or newer'
     if dtype != 'bfloat16':
       return f'it needs bfloat16, the compute dtype is {dtype}'
     if cfg.attention_softcap:
       return 'it has no softcap'
     if packed:
       return 'packed documents would become a dense mask'
-    return '' if cfg.head_dim % 8 == 0 and cfg.head_dim <= 256 else f'head_dim {cfg.head_dim} is no multiple of 8 up to 256'
+    if cfg.attention == 'bidirectional' and any(cfg.windows):
+      return 'its window needs causal attention'
+    most = 256 if capability() >= 9 else 128
+    return '' if cfg.head_dim % 8 == 0 and cfg.head_dim <= most else f'head_dim {cfg.head_dim} is no multiple of 8 up to {most}'
   if platform != 'tpu':
     return f'it needs a TPU, this is {platform}'
   if length % 128:
@@ -219,7 +227,19 @@ class Attention(nnx.Module):
     return layers.add_bias(y_BTD, self.b_o_D) if cfg.attention_out_bias else y_BTD
 
 
-@functools.lru_cache
 def compute_dtype(dtype: str) -> str:
-  """'auto' resolved for the default backend: bfloat16 on TPU and GPU, float32 on CPU, where XLA emulates bfloat16."""
-  return dtype if dtype != 'auto' else ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
+  """'auto' resolved for the default backend: bfloat16 on TPU and GPU; float32 on a CPU and on GPUs before Ampere
+  (Colab's T4), where XLA emulates bfloat16."""
+  if dtype != 'auto':
+    return dtype
+  return 'float32' if jax.default_backend() == 'cpu' or capability() < 8 else 'bfloat16'
+
+
+@functools.lru_cache
+def capability() -> float:
+  """CUDA compute capability of this machine's GPU, 0 for a GPU without one (AMD); 9 (Hopper) where there is no GPU, as
+  when a program is compiled for a machine that is not here."""
+  if jax.default_backend() != 'gpu':
+    return 9.0
+  text = str(jax.devices()[0].compute_capability)
+  return float(text) if text.replace('.', '').isdigit() else 0.0

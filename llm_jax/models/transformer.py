@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llm_jax import config as config_lib
+from llm_jax.config import ConfigError
 from llm_jax.models import layers
 from llm_jax.models.attention import Attention, View, compute_dtype
 from llm_jax.sharding import PARAM, dims_of, shard
@@ -46,7 +47,10 @@ class Block(nnx.Module):
       self.norm_attention_out, self.norm_mlp_out = norm(), norm()
     if cross:
       self.cross_attention = Attention(dataclasses.replace(cfg, positions='none', value_skips=False), rngs)
-      self.norm_cross, self.norm_cross_out = norm(), norm()
+      if cfg.norm_position in ('before', 'both'):
+        self.norm_cross = norm()
+      if cfg.norm_position != 'before':
+        self.norm_cross_out = norm()
     if cfg.embedding_skips:
       self.skip_x_D = nnx.Param(jnp.ones(cfg.width))
       self.skip_embed_D = nnx.Param(jnp.zeros(cfg.width))
@@ -70,30 +74,24 @@ class Block(nnx.Module):
       cache = k_BSKH, v_BSKH = extend(cache, k_BSKH, v_BSKH)
     with jax.named_scope('attention'):
       a_BTD = self.attention(h_BTD, k_BSKH, v_BSKH, context.view, rope, context.kernel, tap)
-    if cfg.parallel_residual:                              # both sublayers read the same input (GPT-J, PaLM)
-      m_BTD = self._mlp(self.norm_mlp(x_BTD) if hasattr(self, 'norm_mlp') else x_BTD, tap)
-      x_BTD = self._residual(x_BTD, a_BTD, 'norm_attention_out', key, 0)
-    else:
-      x_BTD = self._residual(x_BTD, a_BTD, 'norm_attention_out', key, 0)
-      if hasattr(self, 'cross_attention'):
-        x_BTD = self._cross(x_BTD, context, key)
-      m_BTD = self._mlp(self.norm_mlp(x_BTD) if hasattr(self, 'norm_mlp') else x_BTD, tap)
+    start_BTD = x_BTD
+    x_BTD = self._residual(x_BTD, a_BTD, 'norm_attention_out', key, 0)
+    if hasattr(self, 'cross_attention'):
+      x_BTD = self._cross(x_BTD, context, key)
+    h_BTD = start_BTD if cfg.parallel_residual else x_BTD  # parallel: both read the same input (GPT-J, PaLM)
+    with jax.named_scope('mlp'):
+      m_BTD = self.mlp(self.norm_mlp(h_BTD) if hasattr(self, 'norm_mlp') else h_BTD)
     x_BTD = self._residual(x_BTD, m_BTD, 'norm_mlp_out', key, 1)
     if tap is not None:
       for name, value in dict(attention=a_BTD, mlp=m_BTD, residual=x_BTD).items():
         tap(name, value)
     return x_BTD, first_v_BTKH, cache
 
-  def _mlp(self, h_BTD, tap):
-    with jax.named_scope('mlp'):
-      return self.mlp(h_BTD)
-
   def _cross(self, x_BTD, context, key):
-    pre = self.cfg.norm_position in ('before', 'both')
+    h_BTD = self.norm_cross(x_BTD) if hasattr(self, 'norm_cross') else x_BTD
     with jax.named_scope('cross_attention'):
       k_BSKH, v_BSKH = self.cross_attention.keys_values(context.memory_BSD, None)
-      c_BTD = self.cross_attention(self.norm_cross(x_BTD) if pre else x_BTD, k_BSKH, v_BSKH, context.memory_view, None,
-                                   'xla')
+      c_BTD = self.cross_attention(h_BTD, k_BSKH, v_BSKH, context.memory_view, None, 'xla')
     return self._residual(x_BTD, c_BTD, 'norm_cross_out', key, 2)
 
   def _residual(self, x_BTD, y_BTD, norm: str, key, part: int):
@@ -163,6 +161,9 @@ class Transformer(nnx.Module):
     taps: a dict to fill with 'layerI/attention_weights|attention|mlp|residual' arrays; layers then run unstacked.
     """
     cfg = self.cfg
+    if (source_BS is not None) != bool(cfg.encoder_layers):
+      raise ConfigError(f'config.model.encoder_layers: {cfg.encoder_layers}; a source (source_BS) must be given exactly '
+                        f'where it is above 0, and was {"missing" if source_BS is None else "given"}')
     memory_BSD = None if source_BS is None else self.encode(source_BS, source_segment_BS, key, kernel)
     x_BTD = self.embed(token_BT, position_BT, None if key is None else jax.random.fold_in(key, 2**31 - 1))
     view = View(cfg.attention, segment_BT=segment_BT, key_segment_BS=segment_BT, prefix_BS=prefix_BT)
@@ -184,7 +185,11 @@ class Transformer(nnx.Module):
     x_BTD = shard(table_VD[token_BT], 'BTD')
     if cfg.embedding_scale:
       x_BTD = x_BTD * jnp.asarray(cfg.width**0.5, dtype)
-    position_BT = jnp.arange(token_BT.shape[1])[None] if position_BT is None else position_BT
+    if position_BT is None:
+      position_BT = jnp.arange(token_BT.shape[1])[None]
+      if cfg.positions == 'learned' and token_BT.shape[1] > cfg.max_length:      # a lookup past the end would clamp
+        raise ConfigError(f'config.model.max_length: {token_BT.shape[1]} tokens are more than its {cfg.max_length} learned '
+                          'positions; give fewer')
     if cfg.positions == 'learned':
       table_SD = shard(self.position_embed_SD[...].astype(dtype), 'SD', {})
       x_BTD = x_BTD + table_SD[position_BT]
@@ -335,10 +340,12 @@ def init(cfg: config_lib.Model, key) -> dict:
 
 
 def bind(cfg: config_lib.Model, params: dict) -> Transformer:
-  """The model with these parameters: matrices in the compute dtype (cast once, before any gather), vectors as they are."""
+  """The model with these parameters: matrices in the compute dtype (cast once, before any gather), vectors as they are,
+  also those over several axes, such as the scale_NH of a norm over all heads."""
   dtype = jnp.dtype(compute_dtype(cfg.dtype))
   def cast(path, w):
-    return w.astype(dtype) if len(dims_of(path).removeprefix('L')) > 1 else w
+    dims = dims_of(path).removeprefix('L')
+    return w.astype(dtype) if len(dims) > 1 and 'D' in dims else w
   return nnx.merge(definition(cfg), jax.tree_util.tree_map_with_path(cast, params))
 
 

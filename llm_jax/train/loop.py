@@ -30,6 +30,7 @@ from llm_jax.train import report
 from llm_jax.train import step as step_lib
 
 FREE = ('model.kernel', 'model.remat', 'model.unroll', 'model.dropout')   # may change when a run is resumed
+UNKNOWN = 2**30    # steps of a run whose budget in minutes has not been turned into steps yet
 CALIBRATE = 20     # steps after which a budget in minutes is turned into a number of steps
 
 
@@ -75,6 +76,7 @@ class Run:
   def __init__(self, cfg, workdir, mesh, started):
     self.cfg, self.workdir, self.mesh, self.started = cfg, workdir, mesh, started
     self.earlier = 0.0               # seconds of the budget that earlier processes of this run used
+    self.planned = False             # a budget in minutes has been turned into steps
     self.stop = False                # set by a signal: save at the next step and end
     self.cleanup = contextlib.ExitStack()
 
@@ -299,9 +301,12 @@ class Run:
     if not self.cfg.train.minutes:
       return self.cfg.train.steps
     if step:
-      return int(self.state['horizon'])
-    self.set_horizon(2**30)
-    return 2**30
+      horizon = int(self.state['horizon'])
+      self.planned = horizon < UNKNOWN
+      return horizon
+    horizon = self.cfg.train.steps or UNKNOWN
+    self.set_horizon(horizon)
+    return horizon
 
   def set_horizon(self, horizon: int) -> None:
     self.state['horizon'] = jax.device_put(np.int32(horizon), self.shardings['horizon'])
@@ -315,13 +320,14 @@ class Run:
       self.calibrated = time.monotonic(), step      # the first steps pay for warming up
     wsd = self.cfg.optimizer.schedule == 'wsd'
     decaying = step >= (1 - self.cfg.optimizer.decay_fraction) * horizon
-    if done < CALIBRATE or step % CALIBRATE or decaying or (horizon < 2**30 and not wsd):
+    if done < CALIBRATE or step % CALIBRATE or decaying or (self.planned and not wsd):
       return horizon
     jax.block_until_ready(self.state['step'])
     since, first = self.calibrated
     pace = (time.monotonic() - since) / (step - first)
     left = 60 * self.cfg.train.minutes - (time.monotonic() - self.begun) - self.earlier
-    horizon = self.agree(step + max(1, round(left / pace)))
+    self.planned = True
+    horizon = self.agree(min(step + max(1, round(left / pace)), self.cfg.train.steps or UNKNOWN))
     self.set_horizon(horizon)
     self.logger.total_steps = horizon
     return horizon

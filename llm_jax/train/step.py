@@ -36,7 +36,7 @@ def state_shardings(state, tx, mesh):
 
 def loss_sums(cfg: config_lib.Config, model: config_lib.Model, kernel: str, params, batch, key=None,
               training: bool = True) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Sum over a batch of the loss to minimise, and the sums behind the metrics (float32 scalars), among them 'tokens'."""
+  """Sum over a batch of the loss to minimise, and the sums behind the metrics (float32 scalars), with 'tokens'."""
   bound = transformer.bind(model, params)
   inputs = {name: batch[name] for name in INPUTS if name in batch}
   x_BTD = bound.hidden(batch['token_BT'], key=key, kernel=kernel, **inputs)
@@ -69,7 +69,8 @@ def make_train_step(cfg: config_lib.Config, model: config_lib.Model, tx: optax.G
     def add(carry, xs):
       micro, i = xs
       grads, sums = grad(params, micro, _fold(key, i))
-      return (jax.tree.map(lambda a, g: a + g.astype(dtype), carry[0], grads), jax.tree.map(jnp.add, carry[1], sums)), None
+      total = jax.tree.map(lambda a, g: a + g.astype(dtype), carry[0], grads)
+      return (total, jax.tree.map(jnp.add, carry[1], sums)), None
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params)
     sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(
@@ -100,7 +101,7 @@ def make_train_step(cfg: config_lib.Config, model: config_lib.Model, tx: optax.G
 
 
 def make_eval_step(cfg: config_lib.Config, model: config_lib.Model, kernel: str):
-  """eval_step(params, batch) -> sums {'loss/ce' nats, 'accuracy', 'tokens'} over the batch, without smoothing or z-loss."""
+  """eval_step(params, batch) -> sums {'loss/ce' nats, 'accuracy', 'tokens'} over the batch, nothing added to the loss."""
   return lambda params, batch: loss_sums(cfg, model, kernel, params, batch, training=False)[1]
 
 

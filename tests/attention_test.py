@@ -1,0 +1,218 @@
+"""Who sees whom, and every kernel against the plain one: values, gradients, the choice and its reasons."""
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import model, params, quick_jit, tokens
+
+from llm_jax import sharding
+from llm_jax.config import ConfigError, Mesh
+from llm_jax.models import attention, transformer
+from llm_jax.models.attention import View, attend_cudnn, attend_splash, attend_xla, choose
+
+SEGMENT_BT = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 0, 0]])      # two documents of five tokens, two of padding
+POSITION_BT = np.array([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]])
+PREFIX_BT = np.array([[1, 1, 1, 0, 0, 1, 1, 0, 0, 0, 0, 0]], bool)
+
+
+def sees(kind, window, q, k, prefix=PREFIX_BT[0], segment=SEGMENT_BT[0]):
+  """The rule in words: same document, not after the query unless bidirectional or in the prefix, within the window."""
+  if segment[q] != segment[k]:
+    return False
+  if kind == 'bidirectional':
+    return not window or abs(q - k) < window
+  return (k <= q or (kind == 'prefix' and bool(prefix[k]))) and (not window or q - window < k)
+
+
+@pytest.mark.parametrize('window', [0, 1, 3])
+@pytest.mark.parametrize('kind', ['causal', 'prefix', 'bidirectional'])
+def test_visible_is_the_rule(kind, window):
+  view = View(kind, segment_BT=SEGMENT_BT, key_segment_BS=SEGMENT_BT, prefix_BS=PREFIX_BT)
+  mask_TS = attention.visible(view, window, 12, 12)[0]
+  assert mask_TS.tolist() == [[sees(kind, window, q, k) for k in range(12)] for q in range(12)]
+  assert attention.visible(View('bidirectional'), 0, 12, 12) is None
+
+
+LEAKS = {                                    # every kind of attention, window and position, with what else could leak
+    'causal, rotary': dict(),
+    'causal, rotary, qk norm, value and embedding skips': dict(qk_norm='full', value_skips=True, embedding_skips=True),
+    'window, rotary with a local base': dict(windows=(3, 0), rope_base_local=100.0, attention_softcap=5.0),
+    'window, learned, layer norm': dict(windows=(2,), positions='learned', norm='layer', norm_bias=True),
+    'causal, alibi, parallel': dict(positions='alibi', parallel_residual=True),
+    'window, alibi': dict(positions='alibi', windows=(3,)),
+    'prefix, sinusoidal': dict(attention='prefix', positions='sinusoidal'),
+    'prefix, window, alibi': dict(attention='prefix', positions='alibi', windows=(4,), norm_position='both'),
+    'bidirectional, learned': dict(attention='bidirectional', positions='learned', norm_position='post'),
+    'bidirectional, window, none': dict(attention='bidirectional', positions='none', windows=(2,)),
+}
+
+
+@pytest.mark.parametrize('name', LEAKS)
+def test_gradients_reach_exactly_what_may_be_seen(name):
+  """Every token is its own row of the embedding, so d output[t] / d row[s] is zero exactly where t must not see s."""
+  cfg = model(layers=2, vocab_size=12, tied_embeddings=False, width=16, **LEAKS[name])
+  prefix_BT = PREFIX_BT if cfg.attention == 'prefix' else None
+  weight_TV = np.random.default_rng(1).normal(size=(12, 12)).astype(np.float32)
+
+  @quick_jit
+  def jacobian_TVD(values):
+    def outputs_T(embed_VD):
+      bound = transformer.bind(cfg, dict(values, embed_VD=embed_VD))
+      logits_BTV = bound(np.arange(12)[None], position_BT=POSITION_BT, segment_BT=SEGMENT_BT, prefix_BT=prefix_BT)
+      return (logits_BTV[0] * weight_TV).sum(-1)
+    return jax.jacrev(outputs_T)(values['embed_VD'])
+
+  got = np.abs(jacobian_TVD(params(cfg))).sum(-1) > 0
+  windows = [cfg.windows[i % len(cfg.windows)] for i in range(2)]
+  first, second = (np.array([[sees(cfg.attention, w, q, k) for k in range(12)] for q in range(12)]) for w in windows)
+  assert got.tolist() == (second.astype(int) @ first > 0).tolist()
+
+
+def test_an_empty_source_is_not_seen():
+  """A document whose source is all padding: its queries see nothing of it, rather than all of it evenly."""
+  cfg = model('transformer_encoder_decoder', layers=1, encoder_layers=1, vocab_size=24, width=16)
+  values, source_BS = params(cfg), np.arange(12, 24).reshape(2, 6)
+  segment_BS = np.array([[1, 1, 1, 1, 0, 0], [0] * 6])
+
+  @quick_jit
+  def grad_VD(embed_VD):
+    bound = lambda w: transformer.bind(cfg, dict(values, embed_VD=w))
+    run = lambda w: bound(w).hidden(tokens(0, 2, 5, vocab=12), source_BS=source_BS, source_segment_BS=segment_BS)
+    return jax.grad(lambda w: jnp.square(run(w)[..., 3:]).sum())(embed_VD)      # some channels: norms make the sum constant
+  seen = np.abs(grad_VD(values['embed_VD'])).sum(-1)[12:] > 0
+  assert seen.tolist() == [True] * 4 + [False] * 8
+
+
+# Kernels ------------------------------------------------------------------------------------------------------------
+
+def qkv(B, T, N, K, H, dtype=jnp.float32):
+  rng = np.random.default_rng(0)
+  return [jnp.asarray(rng.normal(size=(B, T, n, H)), dtype) for n in (N, K, K)]
+
+
+SPLASH = {
+    'causal': dict(kind='causal', segments=False),
+    'causal, window, segments, softcap': dict(kind='causal', window=40, softcap=3.0),
+    'bidirectional, segments': dict(kind='bidirectional', K=4),
+    'bidirectional, window, one kv head': dict(kind='bidirectional', window=40, segments=False, K=1),
+    'causal, segments, mesh': dict(kind='causal', window=40, mesh=Mesh(2, 2, 2)),
+    'causal, one kv head, mesh': dict(kind='causal', K=1, mesh=Mesh(2, 2, 2)),
+}
+
+
+@pytest.mark.parametrize('name', SPLASH)
+def test_splash_is_xla(name):
+  case = dict(window=0, softcap=0.0, segments=True, K=2, mesh=None) | SPLASH[name]
+  operands = qkv(4 if case['mesh'] else 1, 128, 4, case['K'], 128)
+  weight = np.random.default_rng(1).normal(size=operands[0].shape)
+  segment_BT = np.repeat(np.repeat([[1, 2, 2, 0]], 32, 1), len(weight), 0).astype(np.int32) if case['segments'] else None
+  options = dict(window=case['window'], scale=0.1, softcap=case['softcap'])
+
+  def value_and_grads(kernel):
+    def loss(q, k, v):
+      o_BTNH = kernel(q, k, v, View(case['kind'], segment_BT=segment_BT, key_segment_BS=segment_BT))
+      return (o_BTNH * weight).sum(), o_BTNH
+    return quick_jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*operands)
+
+  want = value_and_grads(lambda *a: attend_xla(*a, **options)[0])
+  splash = lambda *a: attend_splash(*a, **options, interpret=True)
+  if case['mesh']:
+    with jax.set_mesh(sharding.make_mesh(case['mesh'])):
+      got = value_and_grads(splash)
+  else:
+    got = value_and_grads(splash)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+def test_weights_are_probabilities_and_softcap_bounds_the_scores():
+  q, k, v = qkv(1, 6, 2, 1, 8)
+  _, weight_BNTS = attend_xla(100 * q, k, v, View('causal'), window=0, scale=1.0, softcap=2.0)
+  np.testing.assert_allclose(weight_BNTS.sum(-1), 1, rtol=1e-5)
+  assert weight_BNTS.max(-1)[0, 0, 5] <= math.exp(4) / (math.exp(4) + 5)    # scores in [-2, 2]
+  assert weight_BNTS[0, :, 0, 0].tolist() == [1, 1]
+
+
+def test_alibi_slopes_are_the_papers():
+  from llm_jax.models.layers import alibi_slopes
+  assert alibi_slopes(8).tolist() == [2.0**-i for i in range(1, 9)]                # section 3
+  extra = [2.0**(-0.5 * i) for i in (1, 3, 5, 7)]                                    # every other one of 16 heads
+  np.testing.assert_allclose(alibi_slopes(12), [2.0**-i for i in range(1, 9)] + extra, rtol=1e-6)
+
+
+@pytest.fixture
+def no_gpu():
+  if jax.default_backend() == 'gpu':
+    pytest.skip('this machine has a GPU, where cudnn is not refused')
+
+
+FULL = model(width=512, head_dim=128)
+
+
+@pytest.mark.parametrize('fields, platform, dtype, length, packed, kernel, reason', [
+    (dict(), 'cpu', 'float32', 256, True, 'xla', 'the fastest on cpu'),
+    (dict(), 'gpu', 'bfloat16', 256, False, 'cudnn', 'the fastest on gpu'),
+    (dict(windows=(64, 0)), 'cuda', 'bfloat16', 100, False, 'cudnn', 'the fastest on cuda'),
+    (dict(), 'gpu', 'bfloat16', 256, True, 'xla', 'cudnn not used: packed documents would become a dense mask'),
+    (dict(), 'gpu', 'float32', 256, False, 'xla', 'cudnn not used: it needs bfloat16, the compute dtype is float32'),
+    (dict(attention_softcap=50.0), 'gpu', 'bfloat16', 256, False, 'xla', 'cudnn not used: it has no softcap'),
+    (dict(head_dim=12), 'gpu', 'bfloat16', 256, False, 'xla', 'cudnn not used: head_dim 12 is no multiple of 8 up to 256'),
+    (dict(attention='bidirectional', windows=(4,)), 'gpu', 'bfloat16', 256, False, 'xla',
+     'cudnn not used: its window needs causal attention'),
+    (dict(attention='prefix'), 'gpu', 'bfloat16', 256, False, 'xla', 'cudnn not used: it has no prefix mask'),
+    (dict(positions='alibi'), 'tpu', 'bfloat16', 256, True, 'xla', 'splash not used: it has no ALiBi bias'),
+    (dict(encoder_layers=1), 'tpu', 'bfloat16', 256, True, 'xla', 'splash not used: it has no cross-attention here'),
+    (dict(), 'tpu', 'bfloat16', 256, True, 'splash', 'the fastest on tpu'),
+    (dict(attention_softcap=50.0, windows=(64, 0)), 'tpu', 'float32', 384, True, 'splash', 'the fastest on tpu'),
+    (dict(), 'tpu', 'bfloat16', 200, True, 'xla', 'splash not used: length 200 is no multiple of 128'),
+    (dict(head_dim=64), 'tpu', 'bfloat16', 256, True, 'xla', 'splash not used: head_dim 64 is no multiple of 128'),
+    (dict(kernel='xla'), 'tpu', 'bfloat16', 256, True, 'xla', 'as configured'),
+    (dict(kernel='splash'), 'tpu', 'bfloat16', 256, True, 'splash', 'as configured'),
+])
+def test_choose(fields, platform, dtype, length, packed, kernel, reason, no_gpu):
+  cfg = dataclasses.replace(FULL, **fields)
+  assert choose(cfg, platform, dtype, length, packed) == (kernel, reason)
+  best = reason.partition(' not used: ')[0]
+  if best in ('cudnn', 'splash'):                # what auto passes over is an error where it was asked for
+    with pytest.raises(ConfigError, match=f"config.model.kernel: '{best}' cannot be used: {reason.partition(': ')[2]}"):
+      choose(dataclasses.replace(cfg, kernel=best), platform, dtype, length, packed)
+
+
+def test_a_kernel_asked_for_on_a_cpu_is_refused(no_gpu):
+  for kernel, reason in dict(cudnn='it needs an NVIDIA GPU, this is cpu', splash='it needs a TPU, this is cpu').items():
+    with pytest.raises(ConfigError, match=reason):
+      choose(dataclasses.replace(FULL, kernel=kernel), jax.default_backend(), 'bfloat16', 256, False)
+
+
+def test_old_gpus_take_neither_cudnn_nor_bfloat16(monkeypatch, no_gpu):
+  monkeypatch.setattr(attention, 'capability', lambda: 7.5)           # Colab's T4
+  assert 'Ampere' in choose(FULL, 'gpu', 'bfloat16', 256, False)[1]
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  assert attention.compute_dtype('auto') == 'float32'
+  monkeypatch.setattr(attention, 'capability', lambda: 8.0)           # A100: heads up to 128
+  assert attention.compute_dtype('auto') == 'bfloat16'
+  assert choose(FULL, 'gpu', 'bfloat16', 256, False)[0] == 'cudnn'
+  assert 'up to 128' in choose(dataclasses.replace(FULL, head_dim=256), 'gpu', 'bfloat16', 256, False)[1]
+
+
+def test_cudnn_never_drops_a_mask():
+  q, k, v = qkv(1, 10, 2, 1, 64, jnp.bfloat16)
+  segment_BT = SEGMENT_BT[:, :10]
+  with pytest.raises(ConfigError, match='neither a prefix nor segments'):
+    attend_cudnn(q, k, v, View('causal', segment_BT=segment_BT, key_segment_BS=segment_BT), window=0, scale=1.0)
+
+
+def test_cudnn_lowers_for_a_gpu():
+  """Traced and lowered here for CUDA: the program calls cuDNN's flash attention with a causal window, both ways."""
+  def loss(q, k, v):
+    return attend_cudnn(q, k, v, View('causal'), window=32, scale=0.25).astype(jnp.float32).sum()
+  try:
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*qkv(2, 128, 4, 2, 64, jnp.bfloat16))
+    text = traced.lower(lowering_platforms=('cuda',)).as_text()
+  except RuntimeError as e:
+    pytest.skip(f'jax lowers cuDNN attention only where cuDNN is installed: {e}')
+  assert 'fmhaSoftmax' in text and 'fmhaSoftmaxBackward' in text
+  assert '"CAUSAL"' in text.replace('\\22', '"') and 'sliding_window_length' in text
