@@ -37,7 +37,8 @@ def run(folder, turns=True, steps=1000):
                      'optimizer/learning_rate': 1e-3})
     if step % 100 == 0:
       log.log(step, {'loss/valid': 2.2 + math.exp(-step / 100) + (1e-3 * max(0, step - 600) if turns else 0)})
-      log.text(step, 'prompt <i>', f'{ATTACK}\x00 at {step}')
+      for _ in range(2):                                # as a finished run that is run again
+        log.text(step, 'prompt <i>', f'{ATTACK}\x00 at {step}')
   log.close()
   return folder
 
@@ -93,6 +94,8 @@ def test_samples_and_keys_are_shown_as_text(written):
   page, text, markdown = written
   assert f'{ATTACK}\ufffd at 1000' in ''.join(page.texts['pre'])
   assert 'step 1000: prompt <i>' in ''.join(page.texts['div']) and '2 x <b>' in page.texts['td']
+  assert [s for s in page.texts['summary'] if 'prompt' in s] == [
+      f'step {step}: prompt <i>' for step in (100, 300, 500, 700, 900)]
   outside = re.sub(r'^(`{3,})text\n.*?^\1$', '', markdown, flags=re.DOTALL | re.MULTILINE)
   assert not re.search(r'<\w', outside) and '\x00' not in markdown + text
   assert markdown.count(f'`````text\n{ATTACK}\ufffd at 1000\n`````') == 1        # a fence longer than any in the text

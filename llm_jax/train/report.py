@@ -195,15 +195,13 @@ def _samples(page, rows):
   if not rows:
     page.paragraph('None were drawn.')
     return
-  last = max(r['step'] for r in rows)
-  for row in rows:
-    if row['step'] == last:
-      page.sample(f'step {row["step"]}: {row["title"]}', row['text'])
-  earlier = sorted({r['step'] for r in rows} - {last})
+  samples = list(dict.fromkeys((r['step'], r['title'], r['text']) for r in rows))   # a finished run, run again: once
+  last = max(step for step, _, _ in samples)
+  earlier = sorted({step for step, _, _ in samples} - {last})
   shown = {earlier[i] for i in np.linspace(0, len(earlier) - 1, 5).astype(int)} if earlier else ()
-  for row in rows:
-    if row['step'] in shown:
-      page.sample(f'step {row["step"]}: {row["title"]}', row['text'], folded=True)
+  for step, title, text in sorted(samples, key=lambda s: s[0] != last):
+    if step == last or step in shown:
+      page.sample(f'step {step}: {title}', text, folded=step != last)
 
 
 def _config(page, config, default):
