@@ -230,7 +230,7 @@ def test_retention_keeps_the_newest_and_the_same_step_twice_is_written_once(run)
   assert checkpoint.steps(run) == [20, 30]
 
 
-def test_T5_a_failed_write_is_raised_and_harms_no_earlier_step(run):
+def test_T5_a_failed_write_is_raised_and_harms_no_earlier_step(run, caplog):
   state = save(run, 1)
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
   big = dict(step=jnp.int32(2), params={'w_DF': jax.random.normal(jax.random.key(0), (1024, 1024))})
@@ -251,6 +251,7 @@ def test_T5_a_failed_write_is_raised_and_harms_no_earlier_step(run):
   save(run, 2, state=big)                                          # room again: the same step can be written
   assert checkpoint.steps(run) == [1, 2]
   assert not folder_of(run, 5).exists()                            # and leftovers are gone
+  assert caplog.text == ''                                         # nor did Orbax log its own traceback beside the line
 
 
 def test_T4_empty_and_incomplete_steps_do_not_count(run, capsys):

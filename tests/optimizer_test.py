@@ -96,7 +96,7 @@ def few(seed, scale):
   block, tail = params['blocks0'], params['tail0']
   return {'embed_VD': params['embed_VD'], 'norm_final': params['norm_final'],
           'blocks0': {'attention': {name: block['attention'][name] for name in ('w_q_DNH', 'w_o_NHD', 'b_q_NH')},
-                      'mlp': {'w_down_FD': block['mlp']['w_down_FD']}},
+                      'mlp': {name: block['mlp'][name] for name in ('w_up_DF', 'w_down_FD')}},
           'tail0': {'mlp': {'w_up_EDF': tail['mlp']['w_up_EDF']}}}
 
 

@@ -14,7 +14,7 @@ def forward(cfg, params, tokens, prefix=0, source=None):
     for i in range(cfg.encoder_layers):
       memory = _block(cfg, _layer(p['encoder_blocks0'], i), memory, np.ones((len(source),) * 2, bool), 0)
     if cfg.norm_position != 'post':
-      memory = _norm(cfg, p['norm_encoder'], memory)
+      memory = _norm(cfg, p.get('norm_encoder'), memory)
 
   x = embed = _embed(cfg, p, tokens)
   T, first = len(tokens), {}
@@ -28,7 +28,7 @@ def forward(cfg, params, tokens, prefix=0, source=None):
       x = block['skip_x_D'] * x + block['skip_embed_D'] * embed
     x = _block(cfg, block, x, mask, window, memory, first if cfg.value_skips else None)
   if cfg.norm_position != 'post':
-    x = _norm(cfg, p['norm_final'], x)
+    x = _norm(cfg, p.get('norm_final'), x)
   logits = x @ (p['embed_VD'].T if cfg.tied_embeddings else p['unembed_DV'])
   return cfg.logit_softcap * np.tanh(logits / cfg.logit_softcap) if cfg.logit_softcap else logits
 
@@ -60,7 +60,7 @@ def _embed(cfg, p, tokens):
         angle = t / 10_000 ** (2 * i / cfg.width)
         x[t, i] += math.sin(angle)
         x[t, half + i] += math.cos(angle)
-  return _norm(cfg, p['norm_embed'], x) if cfg.embedding_norm else x
+  return _norm(cfg, p.get('norm_embed'), x) if cfg.embedding_norm else x
 
 
 def _norm(cfg, p, x):

@@ -20,7 +20,7 @@ from shared import DATA, needs_data
 from llm_jax.config import ConfigError, Source
 from llm_jax.data import sources, tfds
 
-TEXTS = ['plain', 'two\nlines\r\n', 'emoji 🎉 and 日本語', ' leading', '\n\nnewlines first', '{"not": "ours"}', 'x' * 3000]
+TEXTS = ['plain', 'two\nlines\r\n', 'emoji 🎉 and 日本語', ' leading', '\n\nnewlines first', '{"not": 1}', 'x' * 3000]
 RECORDS = [{'id': n, 'text': text} for n, text in enumerate(TEXTS)]
 
 
@@ -114,8 +114,11 @@ def test_arrayrecord_may_hold_text_json_or_tensorflow_examples(tmp_path):
   assert json.loads(raw[0].text) == RECORDS[0]
 
 
+ALPHABET = st.sampled_from('a\n\r é日🎉\0\u2581')
+
+
 @settings(deadline=None, max_examples=60)
-@given(text=st.text(st.sampled_from('a\n\r é日🎉\0\u2581'), max_size=60), piece=st.integers(1, 9), zipped=st.booleans())
+@given(text=st.text(ALPHABET, max_size=60), piece=st.integers(5, 12), zipped=st.booleans())
 def test_a_text_file_comes_in_pieces_that_join_to_it(tmp_path_factory, text, piece, zipped):
   path = tmp_path_factory.mktemp('text') / ('a.txt.gz' if zipped else 'a.txt')
   path.write_bytes(gzip.compress(text.encode()) if zipped else text.encode())
@@ -165,7 +168,8 @@ def bad_files(tmp_path):
   (tmp_path / 'list.jsonl').write_bytes(good + b'["text"]\n' + good)
   (tmp_path / 'deep.jsonl').write_bytes(good + b'[' * 100_000 + b'\n' + good)
   (tmp_path / 'late.jsonl').write_bytes(good + b'{"txt": "x"}\n' + good)
-  (tmp_path / 'cut.jsonl.gz').write_bytes(gzip.compress(os.urandom(20_000).hex().encode() + b'\n')[:-9])
+  long = json.dumps({'text': os.urandom(60_000).hex()}).encode()
+  (tmp_path / 'cut.jsonl.gz').write_bytes(gzip.compress(good + long)[:30_000])
   (tmp_path / 'not.jsonl.gz').write_bytes(b'plain text')
   (tmp_path / 'cut.txt.gz').write_bytes(gzip.compress(os.urandom(20_000).hex().encode())[:-9])
   write_records(tmp_path / 'latin.array_record', [b'good', b'caf\xe9', b'good'])
@@ -181,8 +185,8 @@ def bad_files(tmp_path):
       'half.jsonl': (2, r'byte 17: .*surrogate'), 'number.jsonl': (2, r'config.data.field: expected text .*int'),
       'list.jsonl': (2, 'byte 17: expected a JSON object .*list'), 'deep.jsonl': (2, 'byte 17: expected JSON'),
       'late.jsonl': (2, "byte 17: config.data.field: no field 'text'; nearest: 'txt'"),
-      'cut.jsonl.gz': (0, 'cut.jsonl.gz: corrupt gzip after byte 0'), 'not.jsonl.gz': (0, 'corrupt gzip after byte 0'),
-      'cut.txt.gz': (1, 'cut.txt.gz: corrupt gzip'),
+      'cut.jsonl.gz': (1, 'cut.jsonl.gz: corrupt gzip after byte 17'), 'not.jsonl.gz': (0, 'corrupt gzip after byte 0'),
+      'cut.txt.gz': (0, 'cut.txt.gz: corrupt gzip'),
       'latin.array_record': (2, 'record 1: expected UTF-8'), 'not.array_record': (0, 'expected an ArrayRecord'),
       'not.parquet': (0, 'expected a parquet file'), 'null.parquet': (2, 'row 1: no text'),
       'latin.parquet': (2, 'row 1: expected UTF-8')}
@@ -250,11 +254,9 @@ def test_the_split_is_a_fixed_function_of_the_name():
   names = [f'folder/file{n}.py' for n in range(4000)]
   valid = {n for n in names if sources.split_of(n, 0.05) == 'valid'}
   assert 150 < len(valid) < 250 and valid <= {n for n in names if sources.split_of(n, 0.1) == 'valid'}
-  golden = [n for n in ('os.py', 'ast.py', 'json/decoder.py', 'tarfile.py', 'abc.py') if sources.split_of(n, 0.5) == 'valid']
-  assert golden == GOLDEN_SPLIT, 'this moves held-out text into training for every existing store'
-
-
-GOLDEN_SPLIT = []
+  some = ('os.py', 'ast.py', 'json/decoder.py', 'tarfile.py', 'abc.py')
+  # A change here would move held-out text into training for every existing store.
+  assert [n for n in some if sources.split_of(n, 0.5) == 'valid'] == ['json/decoder.py', 'tarfile.py']
 
 
 def test_a_signature_follows_the_content(tmp_path, monkeypatch):
@@ -290,20 +292,21 @@ def data_dir(tmp_path, monkeypatch):
 def build_dataset(data_dir):
   """A real ArrayRecord dataset, written by a small tfds builder in a process of its own."""
   code = '''
+import numpy as np
 import tensorflow_datasets as tfds
 class SmallTexts(tfds.core.GeneratorBasedBuilder):
   VERSION = tfds.core.Version('1.2.0')
   def _info(self):
     return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(
-        {'text': tfds.features.Text(), 'label': tfds.features.Scalar('int64')}))
+        {'text': tfds.features.Text(), 'label': tfds.features.Scalar(np.int64)}))
   def _split_generators(self, dl_manager):
-    return {'train': self._examples(0, 100), 'test': self._examples(100, 110)}
-  def _examples(self, first, last):
+    return {'train': self._generate_examples(0, 100), 'test': self._generate_examples(100, 110)}
+  def _generate_examples(self, first, last):
     for n in range(first, last):
       yield n, {'text': f'document {n} 日本語\\n', 'label': n}
 SmallTexts(file_format='array_record').download_and_prepare()
 '''
-  subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, env=os.environ)
+  subprocess.run([sys.executable, '-c', code], check=True, env=os.environ)
   return data_dir / 'small_texts' / '1.2.0'
 
 
@@ -323,9 +326,9 @@ def test_a_prepared_tfds_dataset_is_read_by_name(data_dir):
     read(Source('tfds', 'small_texts'), split='valid')
   with pytest.raises(ConfigError, match="config.data.field: no field 'txt'; nearest: 'text'"):
     read(Source('tfds', 'small_texts', field='txt'))
-  with pytest.raises(ConfigError, match="no tfds dataset 'small_text'; nearest: 'small_texts'|no tfds dataset"):
+  with pytest.raises(ConfigError, match="no tfds dataset 'small_text'; nearest: 'small_texts'"):
     read(Source('tfds', 'small_text'))
-  with pytest.raises(ConfigError, match='config.data.path: tfds .*9.9.9'):
+  with pytest.raises(ConfigError, match="config.data.path: .*'small_texts:9.9.9'; nearest: 'small_texts'"):
     read(Source('tfds', 'small_texts:9.9.9'))
   info = json.loads((folder / 'dataset_info.json').read_text())
   (folder / 'dataset_info.json').write_text(json.dumps(info | {'fileFormat': 'tfrecord'}))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny import quick_jit
 
 from llm_jax import config as config_lib
 from llm_jax.data import batches as batches_lib
@@ -43,8 +44,13 @@ def start(cfg, tx=None):
   model = config_lib.derive(cfg.model, V, cfg.data.length)
   key = jax.random.key(cfg.train.seed)
   tx = tx or optimizer_lib.make(cfg.optimizer, jax.eval_shape(lambda: step_lib.transformer.init(model, key)))
-  state = jax.jit(lambda key: step_lib.init_state(cfg, model, tx, key))(key)
-  return state, jax.jit(step_lib.make_train_step(cfg, model, tx, 'xla'))
+  state = initial(cfg, model, tx)
+  return state, quick_jit(step_lib.make_train_step(cfg, model, tx, 'xla'))
+
+
+@functools.cache
+def initial(cfg, model, tx):
+  return quick_jit(lambda key: step_lib.init_state(cfg, model, tx, key))(jax.random.key(cfg.train.seed))
 
 
 KEEP = optax.GradientTransformation(      # an optimizer that keeps the gradients, to the last bit, and changes nothing
@@ -52,10 +58,10 @@ KEEP = optax.GradientTransformation(      # an optimizer that keeps the gradient
     lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), grads))
 
 
-def gradients(cfg, batch, params=None, step=0):
+def gradients(cfg, batch, step=0):
   """({leaf: gradient}, metrics) of one step."""
   state, run = start(cfg, KEEP)
-  state = dict(state, step=jnp.int32(step), params=params or state['params'])
+  state = dict(state, step=jnp.int32(step))
   state, metrics = run(state, batch)
   return leaves(state['opt_state']), metrics
 
@@ -263,7 +269,7 @@ def learn(steps=60, **groups):
   held_out = batches_lib.EvalBatches(stores.valid[0], cfg.data, B, BYTE, cfg.train.objective)
   model = config_lib.derive(cfg.model, BYTE.vocab_size, cfg.data.length)
   cfg = dataclasses.replace(cfg, model=model)
-  evaluate = jax.jit(step_lib.make_eval_step(cfg, model, 'xla'))
+  evaluate = quick_jit(step_lib.make_eval_step(cfg, model, 'xla'))
 
   def valid(params):
     sums = [evaluate(params, held_out[i]) for i in range(min(len(held_out), 16))]

@@ -28,7 +28,8 @@ def params(cfg: config_lib.Model, seed=0) -> dict:
   rng = np.random.default_rng(seed)
 
   def draw(path, leaf):
-    return np.asarray(rng.normal(0, 0.25, leaf.shape) + path[-1].key.startswith('scale'), np.float32)
+    one = path[-1].key.startswith('scale') and not cfg.norm_unit_offset
+    return np.asarray(rng.normal(0, 0.25, leaf.shape) + one, np.float32)
   return jax.tree_util.tree_map_with_path(draw, shapes(cfg))
 
 

@@ -36,8 +36,6 @@ class HuggingFace(Tokenizer):
     self._sign(roles)
 
   def _encode_batch(self, texts):
-    for text in texts:
-      text.encode()      # the library's own error on half of a surrogate pair names nothing
     found = [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     return [np.array(self._as_text(text, ids) if any(s in text for s in self._special.values()) else ids, np.int32)
             for text, ids in zip(texts, found)]

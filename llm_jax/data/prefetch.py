@@ -3,9 +3,11 @@
 The loop reads from a short queue that a thread fills, so it can look at the workers while it waits: a worker that is
 killed becomes an error that names it, never a hang (Grain itself can wait for ever on half a message).
 """
+import contextlib
 import multiprocessing
 import queue
 import signal
+import sys
 import threading
 import time
 
@@ -32,12 +34,16 @@ class Prefetch:
   ends threads and workers. A context manager. Raises ConfigError where a worker dies."""
 
   def __init__(self, batches, start_step: int, rows=None, workers: int = 0, buffer: int = 4):
-    self.waited, self._workers, self._n_workers = 0.0, {}, workers
+    self.waited, self._workers = 0.0, {}
     self._before = {p.pid for p in multiprocessing.active_children()}
     self._queue, self._stop = queue.Queue(1), threading.Event()
     self._thread = threading.Thread(target=self._fill, args=(_Steps(batches, start_step, rows), workers, buffer),
                                     name='prefetch', daemon=True)
-    self._thread.start()
+    with _hidden_main() if workers else contextlib.nullcontext():
+      self._thread.start()
+      while len(self._workers) < workers and self._thread.is_alive():
+        time.sleep(0.02)
+        self._find_workers()
 
   def _fill(self, steps, workers, buffer):
     iterator = None
@@ -71,15 +77,12 @@ class Prefetch:
         break
       except queue.Empty:
         self._check_workers()
+        if not self._thread.is_alive() and self._queue.empty():
+          raise RuntimeError('the prefetch thread ended without a word') from None
     self.waited += time.perf_counter() - start
-    if len(self._workers) < self._n_workers:
-      self._find_workers()
     if error is not None:
       self._check_workers()
       self.close()
-      if isinstance(error, RuntimeError) and 'terminated unexpectedly' in str(error):
-        raise ConfigError(f'config.data.workers: a data worker died: {str(error).splitlines()[0]} (a script that '
-                          "starts workers needs `if __name__ == '__main__':`); 0 uses threads") from error
       raise error
     return item
 
@@ -89,7 +92,6 @@ class Prefetch:
         self._workers[p.pid] = p
 
   def _check_workers(self):
-    self._find_workers()
     for pid, process in self._workers.items():
       if process.exitcode:
         self._stop.set()                                   # no join: the thread may hang on the dead worker's message
@@ -109,6 +111,20 @@ class Prefetch:
 
   def __exit__(self, *_):
     self.close()
+
+
+@contextlib.contextmanager
+def _hidden_main():
+  """A new process would first import the caller's main module again: a script without a `__main__` guard would train in
+  every worker, a program read from stdin has no file. Workers need nothing of it, so they are not told where it is."""
+  main = sys.modules['__main__'].__dict__
+  saved = {name: main[name] for name in ('__spec__', '__file__') if name in main}
+  main['__spec__'] = None
+  main.pop('__file__', None)
+  try:
+    yield
+  finally:
+    main.update(saved)
 
 
 def _grain_iterator(steps, workers, buffer):

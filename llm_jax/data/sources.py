@@ -166,7 +166,7 @@ def _text(run, i, file, offset):
     try:
       f.seek(offset)
       while not last:
-        data = rest + f.read(PIECE)
+        data = rest + f.read(PIECE - len(rest))     # so that pieces depend on the offset alone, as restarts must
         last = not f.peek(1)
         cut = len(data) if last else data.rfind(b'\n') + 1 or _whole_characters(data)
         piece, rest = data[:cut], data[cut:]
@@ -177,7 +177,8 @@ def _text(run, i, file, offset):
           yield Document(text, file.name, (i + 1, 0) if last else (i, offset), continues=not last)
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
       run.skip(f'{file.path}: corrupt gzip after byte {offset} of its text ({e})')
-      yield Document('', file.name, (i + 1, 0))
+      if offset:
+        yield Document('', file.name, (i + 1, 0))     # ends the document begun
 
 
 def _whole_characters(data):

@@ -316,8 +316,9 @@ class _Progress:
     self.start = self.printed = time.monotonic()
     if self.kind == 'rich':
       from rich import progress as rich_progress
-      rates = rich_progress.TextColumn('tokenising {task.fields[rates]}')     # first: a narrow terminal cuts the end
-      self.bar = rich_progress.Progress(rates, rich_progress.BarColumn(20), '{task.description}')
+      from rich import table
+      rates = rich_progress.TextColumn('{task.fields[rates]}', table_column=table.Column(no_wrap=True, min_width=60))
+      self.bar = rich_progress.Progress(rates, rich_progress.BarColumn(16), 'tokenising {task.description}')
       self.bar.start()
       self.task = self.bar.add_task(self.label, total=1.0, rates='')
     return self

@@ -16,7 +16,7 @@ import types
 
 from llm_jax.config import ConfigError, nearest
 
-PATIENCE = 12.0      # seconds from the start for the first 100 kB to come; less is only what tfds notes about itself
+PATIENCE = 10.0      # seconds from the start for the first 100 kB to come; less is only what tfds notes about itself
 SILENCE = 60.0       # seconds without any progress later on
 BUILD = 'pip install tensorflow tensorflow-datasets && tfds build {} --file_format=array_record'
 CONVERT = ('pip install tensorflow tensorflow-datasets && tfds convert_format --dataset_version_dir={} '
@@ -38,18 +38,18 @@ def files(name: str, split: str):
   if 'array_record' not in _formats(builder):
     raise ConfigError(f'config.data.path: tfds {name!r} is stored as {", ".join(_formats(builder))}, expected '
                       f'array_record; convert it: {CONVERT.format(builder.data_path)}')
+  if builder.info.file_format.value != 'array_record':     # stored in several
+    builder = _builder(name, file_format='array_record')
   return _files_of(builder, name, split)
 
 
 def _files_of(builder, name, split):
   from llm_jax.data.sources import File
-  info = builder.info
-  with contextlib.suppress(AttributeError):      # stored in several formats: read the one that needs no TensorFlow
-    info.set_file_format('array_record', override=True)
   try:
-    parts = info.splits[split].file_instructions
+    parts = builder.info.splits[split].file_instructions
   except (KeyError, ValueError, AssertionError) as e:
-    raise ConfigError(f'config.data: tfds {name!r} has no split {split!r}{nearest(split, list(info.splits))}') from e
+    near = nearest(split, list(builder.info.splits))
+    raise ConfigError(f'config.data: tfds {name!r} has no split {split!r}{near}') from e
   found = []
   for part in parts:
     path = pathlib.Path(part.filename)
@@ -66,11 +66,12 @@ def _builder(name, **options):
   for older in ('text', 'translate', 'summarization', 'question_answering', 'text_simplification', 'structured'):
     with contextlib.suppress(ImportError):
       importlib.import_module(f'tensorflow_datasets.{older}')    # registers its builders; tfds would on first use
+  folder = os.environ.get('TFDS_DATA_DIR')     # tfds itself looks at it only when it is imported
   try:
-    folder = os.environ.get('TFDS_DATA_DIR')     # tfds itself looks at it only when it is imported
     return tensorflow_datasets.builder(name, try_gcs=False, data_dir=folder, **options)
   except tensorflow_datasets.core.registered.DatasetNotFoundError as e:
-    known = tensorflow_datasets.list_builders(with_community_datasets=False)
+    prepared = pathlib.Path(folder or '~/tensorflow_datasets').expanduser().glob('*/')
+    known = [*tensorflow_datasets.list_builders(with_community_datasets=False), *(p.name for p in prepared)]
     near = nearest(name.split('/')[0].split(':')[0], known)
     near = near if near.startswith('; nearest') else ''      # not the list of all
     raise ConfigError(f'config.data.path: no tfds dataset {name!r}{near}') from e
@@ -103,7 +104,7 @@ def _prepare_apart(name, builder, started):
 
 
 def prepare(name: str, started: float) -> None:
-  """Prepares a dataset as ArrayRecord, or exits with status 2 and one line on stderr: for a process of its own. PATIENCE
+  """Prepares a dataset as ArrayRecord, or ends with status 2 and one line on stderr: for a process of its own. PATIENCE
   counts from `started`, a time.time()."""
   logging.disable(logging.WARNING)     # ten retries of a download are not news
   import tensorflow_datasets

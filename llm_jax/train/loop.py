@@ -76,6 +76,7 @@ class Run:
   def __init__(self, cfg, workdir, mesh, started):
     self.cfg, self.workdir, self.mesh, self.started = cfg, workdir, mesh, started
     self.earlier = 0.0               # seconds of the budget that earlier processes of this run used
+    self.turned = None               # the step at which validation turned, once warned of
     self.planned = False             # a budget in minutes has been turned into steps
     self.stop = False                # set by a signal: save at the next step and end
     self.cleanup = contextlib.ExitStack()
@@ -242,11 +243,13 @@ class Run:
         print(f'profile of steps {cfg.log.profile} in {self.workdir / "profile"}', flush=True)
       if cfg.train.minutes and step < horizon:
         horizon = self.plan(step, horizon)
-      if step < horizon and self.due(step, cfg.eval.every):
-        pending = self.log(*pending)
+      evaluating, saving = (step < horizon and self.due(step, every) for every in (cfg.eval.every, cfg.checkpoint.every))
+      if evaluating or saving:
+        pending = self.log(*pending)        # first, so that no row is lost where a kill comes after the checkpoint
+      if evaluating:
         self.evaluate(step, cfg.eval.batches)
         self.sample(step, cfg.eval.prompts)
-      if step < horizon and self.due(step, cfg.checkpoint.every):
+      if saving:
         self.save(step)
     if pending is not None:
       self.log(*pending)
@@ -359,8 +362,9 @@ class Run:
     self.logger.log(step, out)
     self.valid.append((step, out['loss/valid']))
     turned = metrics_lib.turning_point(self.valid)
-    if turned is not None:
+    if turned is not None and turned != self.turned:
       self.logger.warn(f'validation loss was lowest at step {turned} and rises since: the model overfits from there')
+    self.turned = turned
     return out
 
   def past_valid(self):

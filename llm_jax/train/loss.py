@@ -1,8 +1,8 @@
 """Cross-entropy with z-loss and label smoothing, whole or in chunks of positions.
 
 Everything is a sum over the positions, weighted by the mask; the caller divides by 'tokens', once, after it has added
-up microbatches and devices. The target's logit is picked by comparing with an iota: a gather's backward is a scatter,
-and with V on the tensor axis it would gather the logits; this needs one small sum over the axis.
+up microbatches and devices. The target's logit is picked by comparing with an iota: elementwise, so it stays
+sharded over V and its backward fuses with the softmax's, where a gather's is a scatter.
 """
 from collections.abc import Callable
 

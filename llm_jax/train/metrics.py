@@ -260,6 +260,18 @@ def duration(seconds: float) -> str:
   return f'{s}s' if s < 60 else f'{s // 60}m{s % 60:02}s' if s < 3600 else f'{s // 3600}h{s % 3600 // 60:02}m'
 
 
+def _import_tensorboardx():
+  absent = 'torch' not in sys.modules
+  if absent:
+    sys.modules['torch'] = None     # else tensorboardX imports PyTorch where it is installed: seconds, for nothing
+  try:
+    import tensorboardX
+  finally:
+    if absent:
+      del sys.modules['torch']
+  return tensorboardX
+
+
 COLUMNS = (   # of the console line: those present are shown; every key goes to the files
     ('loss/train', 'loss {:.4f}'), ('loss/valid', 'valid loss {:.4f}'), ('eval/bits_per_byte', '{:.4f} bits/byte'),
     ('optimizer/learning_rate', 'lr {:.2e}'), ('grads/norm', 'grad {:.2f}'),
@@ -360,7 +372,7 @@ class Logger:
 
   def _events(self):
     if self._writer is None:
-      import tensorboardX
+      tensorboardX = _import_tensorboardx()
       folder = str(self.workdir / 'tensorboard')
       self._writer = tensorboardX.SummaryWriter(folder, purge_step=self._purge, flush_secs=10)
     return self._writer
