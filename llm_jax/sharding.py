@@ -7,7 +7,8 @@ import math
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from llm_jax import config as config_lib
 from llm_jax.config import ConfigError

@@ -27,7 +27,9 @@ SPACE = '\u2581'                                                  # what Sentenc
 # What one piece of our own SentencePiece may span: a line from its newline on. Words are not kept apart, because pieces
 # such as '\n        self.' and ' = None' give 8 to 19% more bytes per token on Python than pieces within words.
 # No piece has a newline anywhere but at its start, so encoding line by line, which is twice as fast, changes no id.
-SPAN = re.compile(r'[\r\n]+[^\r\n]{0,40}|[^\r\n]{1,40}')
+SPAN = {'bpe': re.compile(r'[\r\n]+[^\r\n]{0,40}|[^\r\n]{1,40}'),
+        # Unigram considers every substring of a span: lines would take many minutes.
+        'unigram': re.compile(r'[\r\n]+[ \t]*| ?\w{1,32}[^\w\s]{0,8}| ?[^\w\s]{1,32}|[ \t]+|\s')}
 LINE = re.compile(rf'{SPACE}|[\r\n]+[^\r\n{SPACE}]*|[^\r\n{SPACE}]+')
 TAB = '\ue009'                                                    # a tab in training, whose input is tab-separated
 UNTRAINABLE = re.compile(rf'[\0{SPACE}{TAB}\ud800-\udfff]')
@@ -209,7 +211,7 @@ def train_sentencepiece(tokenizer: config_lib.Tokenizer, texts: Iterable[str]) -
                       f'special ids), got {tokenizer.vocab_size}')
   counts = collections.Counter()
   for text in texts:
-    counts.update(SPAN.findall(text))
+    counts.update(SPAN[tokenizer.algorithm].findall(text))
   spans = _covered({s.replace('\t', TAB): n for s, n in counts.items() if not UNTRAINABLE.search(s)},
                    (tokenizer.vocab_size - reserved) // 2)
   if not spans:
@@ -244,11 +246,12 @@ def _covered(spans, most):
   frequent = sorted(counts, key=lambda c: (-counts[c], c))[:most]
   before = itertools.accumulate((counts[c] for c in frequent), initial=0)
   kept = {c for c, n in zip(frequent, before) if n < 0.9995 * counts.total()}
-  covered = collections.Counter()
-  for span, n in spans.items():
-    runs = [span] if kept.issuperset(span) else [''.join(r) for ok, r in itertools.groupby(span, kept.__contains__) if ok]
-    for run in runs:
-      covered[run] += n
+  covered = {span: n for span, n in spans.items() if kept.issuperset(span)}
+  for span in spans.keys() - covered.keys():
+    for is_kept, run in itertools.groupby(span, kept.__contains__):
+      if is_kept:
+        part = ''.join(run)
+        covered[part] = covered.get(part, 0) + spans[span]
   return covered
 
 

@@ -84,8 +84,11 @@ class Run:
   def __enter__(self):
     return self
 
-  def __exit__(self, *error):
+  def __exit__(self, kind, *_):
     self.cleanup.close()
+    if kind is not None:
+      with contextlib.suppress(OSError):
+        self.workdir.rmdir()         # succeeds where it is empty: a run that could not start leaves no folder
 
   # Setup ------------------------------------------------------------------------------------------------------------
 
@@ -102,10 +105,6 @@ class Run:
       self.evaluations = [
           batches_lib.EvalBatches(s, cfg.data, eval_rows(cfg), self.tokenizer, cfg.train.objective,
                                   self.rows(eval_rows(cfg))) for s in self.stores.valid]
-    self.checkpoints = checkpoint_lib.Checkpointer(self.workdir, cfg.checkpoint.keep, config_lib.to_dict(cfg),
-                                                   cfg.checkpoint.resume)
-    self.cleanup.callback(self.checkpoints.close)
-    latest = checkpoint_lib.latest_step(self.workdir)
     self.model = config_lib.derive(cfg.model, self.tokenizer.vocab_size, cfg.data.length)
     if self.model.vocab_size < self.tokenizer.vocab_size:
       raise ConfigError(f'config.model.vocab_size: {self.model.vocab_size} is smaller than the tokenizer\'s '
@@ -122,20 +121,29 @@ class Run:
     self.shardings = step_lib.state_shardings(abstract, self.tx, self.mesh)
     self.abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract,
                                  self.shardings)
+    latest = checkpoint_lib.latest_step(self.workdir)
+    if latest is None and jax.process_index() == 0:
+      self.tokenizer.save(self.workdir / 'tokenizer')
+    self.wait_for_all('tokenizer')
+    self.checkpoints = checkpoint_lib.Checkpointer(self.workdir, cfg.checkpoint.keep, config_lib.to_dict(cfg),
+                                                   cfg.checkpoint.resume)
+    self.cleanup.callback(self.checkpoints.close)
     self.banner(abstract_params)
     if latest is not None:
       self.resume(latest)
     else:
       with self.clock('compile'):
-        self.state = jax.jit(init, out_shardings=self.shardings)(key)
+        # Drawing random numbers runs once but takes XLA's CPU compiler longer than the whole step (10 s or 2 s).
+        options = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
+        self.state = jax.jit(init, out_shardings=self.shardings, compiler_options=options)(key)
       if cfg.init_from:
         self.start_from(cfg.init_from)
     self.first_step = int(self.state['step'])
     self.compile()
 
   def make_tokenizer(self):
-    """The run's own tokenizer where it has one: what a model was trained with never changes under it."""
-    folder = self.workdir / 'tokenizer'
+    """The run's own tokenizer where it has one, or that of the run it starts from: what a model was trained with never
+    changes under it."""
     if checkpoint_lib.latest_step(self.workdir) is not None:
       before = checkpoint_lib.read_meta(self.workdir).config
       changed = {key: pair for key, pair in config_lib.diff(config_lib.build(before), self.cfg).items()
@@ -144,22 +152,23 @@ class Run:
         text = '; '.join(f'{key} was {old!r}, is {new!r}' for key, (old, new) in changed.items())
         raise ConfigError(f'--workdir: {self.workdir} was trained with another config: {text}; set it as it was, name '
                           'another folder, or start a new run from these weights with --config.init_from')
-      return tokenizer_lib.load(folder)
-    made = prepare.tokenizer(self.cfg)
-    if jax.process_index() == 0:
-      made.save(folder)
-    return made
+      return tokenizer_lib.load(self.workdir / 'tokenizer')
+    if self.cfg.init_from:
+      return tokenizer_lib.load(checkpoint_lib.read_meta(self.cfg.init_from).tokenizer)
+    return prepare.tokenizer(self.cfg)
 
   def resume(self, latest: int) -> None:
-    """Takes the state of the newest checkpoint; a new number of steps is taken from the config."""
+    """Takes the state of the newest checkpoint; a new number of steps, or budget, is taken from the config."""
     self.state = checkpoint_lib.restore(self.workdir, latest, self.abstract)
-    self.earlier = checkpoint_lib.read_meta(self.workdir, latest).extra['seconds']
-    if not self.cfg.train.minutes:
-      self.set_horizon(self.cfg.train.steps)
+    meta = checkpoint_lib.read_meta(self.workdir, latest)
+    self.earlier = meta.extra['seconds']
+    budget = meta.config['train']['minutes'], meta.config['train']['steps']
+    if not self.cfg.train.minutes or budget != (self.cfg.train.minutes, self.cfg.train.steps):
+      self.set_horizon(self.cfg.train.steps or UNKNOWN)
     print(f'resuming {self.workdir} at step {latest}', flush=True)
 
   def start_from(self, path: str) -> None:
-    """Takes the weights of another run."""
+    """Takes the weights of another run; its tokenizer came with them."""
     params = checkpoint_lib.restore_params(path, mesh=self.mesh)
     shapes = lambda tree: {jax.tree_util.keystr(k): x.shape for k, x in jax.tree_util.tree_leaves_with_path(tree)}
     ours, theirs = shapes(self.state['params']), shapes(params)
@@ -169,6 +178,7 @@ class Run:
     self.state['params'] = params
     if 'ema' in self.state:
       self.state['ema'] = jax.tree.map(jnp.copy, params)
+    print(f'starting from the weights and the tokenizer of {path}', flush=True)
 
   def compile(self) -> None:
     """Compiles the train step ahead of time: the loop can then never compile again, it would raise instead."""
@@ -222,13 +232,15 @@ class Run:
     self.cleanup.callback(self.logger.close)
     self.valid, self.skipped = self.past_valid(), 0
     self.cleanup.enter_context(self.signals())
-    profile = [int(x) for x in cfg.log.profile.split(':')] if cfg.log.profile else [-1, -1]
+    first, last = (int(x) for x in (cfg.log.profile or '0:-1').split(':'))
+    profiled, profiling = range(first, last + 1), False
     prefetch = self.batches.prefetch(step, rows=self.rows(), workers=cfg.data.workers)
     self.cleanup.callback(prefetch.close)
     self.begun, pending = time.monotonic(), None
     while step < horizon and not self.stop:
-      if step == profile[0]:
+      if step in profiled and not profiling:
         jax.profiler.start_trace(str(self.workdir / 'profile'))
+        profiling = True
       with self.clock('input'):
         batch = sharding.put_batch(next(prefetch)[1], self.mesh)
       with self.clock('step'):
@@ -237,13 +249,15 @@ class Run:
           self.log(*pending)                # step n - 1, while step n runs
         pending = step, metrics
       step += 1
-      if step == profile[1] + 1:
+      if profiling and (step not in profiled or step >= horizon or self.stop):
         jax.block_until_ready(self.state)
         jax.profiler.stop_trace()
+        profiling = False
         print(f'profile of steps {cfg.log.profile} in {self.workdir / "profile"}', flush=True)
       if cfg.train.minutes and step < horizon:
         horizon = self.plan(step, horizon)
-      evaluating, saving = (step < horizon and self.due(step, every) for every in (cfg.eval.every, cfg.checkpoint.every))
+      evaluating = step < horizon and self.due(step, cfg.eval.every)
+      saving = step < horizon and self.due(step, cfg.checkpoint.every)
       if evaluating or saving:
         pending = self.log(*pending)        # first, so that no row is lost where a kill comes after the checkpoint
       if evaluating:
@@ -267,11 +281,13 @@ class Run:
       print(f'time to first loss {time.time() - self.started:.1f} s (loss {loss:.4f})', flush=True)
     if metrics['step/skipped']:
       self.skipped += 1
-      self.logger.warn(f'step {step}: loss {float(metrics["loss/train"])}, gradient norm {float(metrics["grads/norm"])}, '
-                       f'{int(metrics["tokens"])} tokens: nothing was updated; documents: {self.documents(step)}')
-      if self.cfg.train.on_nonfinite == 'stop':
+      loss, norm, tokens = (float(metrics[name]) for name in ('loss/train', 'grads/norm', 'tokens'))
+      self.logger.warn(f'step {step}: loss {loss}, gradient norm {norm}, {tokens:g} tokens: nothing was updated; '
+                       f'documents: {self.documents(step)}')
+      finite = math.isfinite(loss) and math.isfinite(norm)     # then it had no tokens, which harms nothing
+      if self.cfg.train.on_nonfinite == 'stop' and not finite:
         self.save(int(self.state['step']))
-        raise ConfigError(f'step {step}: loss or gradients are not finite; the state before it is saved. Lower '
+        raise ConfigError(f'step {step}: loss or gradients are not finite; the last sound state is saved. Lower '
                           "optimizer.learning_rate, or set train.on_nonfinite='skip' to go on without such steps")
     if (step + 1) % self.cfg.log.every == 0 or step == self.first_step:
       self.logger.log(step + 1, {name: float(value) for name, value in metrics.items()})
@@ -305,7 +321,7 @@ class Run:
       return self.cfg.train.steps
     if step:
       horizon = int(self.state['horizon'])
-      self.planned = horizon < UNKNOWN
+      self.planned = horizon < (self.cfg.train.steps or UNKNOWN)
       return horizon
     horizon = self.cfg.train.steps or UNKNOWN
     self.set_horizon(horizon)
@@ -323,17 +339,25 @@ class Run:
       self.calibrated = time.monotonic(), step      # the first steps pay for warming up
     wsd = self.cfg.optimizer.schedule == 'wsd'
     decaying = step >= (1 - self.cfg.optimizer.decay_fraction) * horizon
-    if done < CALIBRATE or step % CALIBRATE or decaying or (self.planned and not wsd):
+    slow = done == 5                                # a first look: perhaps the budget ends before CALIBRATE steps
+    if not slow and (done < CALIBRATE or step % CALIBRATE) or decaying or (self.planned and not wsd):
       return horizon
     jax.block_until_ready(self.state['step'])
     since, first = self.calibrated
     pace = (time.monotonic() - since) / (step - first)
     left = 60 * self.cfg.train.minutes - (time.monotonic() - self.begun) - self.earlier
-    self.planned = True
-    horizon = self.agree(min(step + max(1, round(left / pace)), self.cfg.train.steps or UNKNOWN))
+    fits = self.agree(min(step + max(1, round(left / pace)), self.cfg.train.steps or UNKNOWN))
+    if slow and fits > step + 2 * CALIBRATE:
+      return horizon
+    self.planned, horizon = True, fits
     self.set_horizon(horizon)
     self.logger.total_steps = horizon
     return horizon
+
+  def wait_for_all(self, name: str) -> None:
+    if jax.process_count() > 1:
+      from jax.experimental import multihost_utils
+      multihost_utils.sync_global_devices(name)
 
   def agree(self, n: int) -> int:
     if jax.process_count() == 1:
@@ -341,10 +365,10 @@ class Run:
     from jax.experimental import multihost_utils
     return int(multihost_utils.broadcast_one_to_all(np.int32(n)))
 
-  # Evaluation, samples, checkpoints -------------------------------------------------------------------------------------
+  # Evaluation, samples, checkpoints -----------------------------------------------------------------------------------
 
   def evaluate(self, step: int, limit: int | None) -> dict[str, float]:
-    """Loss in nats per token, and bits per byte, on held-out text: `limit` batches of each source, None for all of it."""
+    """Loss in nats per token, and bits per byte, on held-out text: `limit` batches of each source, None for all."""
     with self.clock('eval'):
       params = self.state.get('ema', self.state['params'])
       sums, bits = [], 0.0
@@ -369,16 +393,18 @@ class Run:
 
   def past_valid(self):
     rows = metrics_lib.read_jsonl(self.workdir / 'metrics.jsonl')
-    return [(r['step'], r['loss/valid']) for r in rows if r.get('loss/valid') is not None and r['step'] <= self.first_step]
+    return [(row['step'], row['loss/valid']) for row in rows
+            if row.get('loss/valid') is not None and row['step'] <= self.first_step]
 
   def sample(self, step: int, prompts) -> list[str]:
     cfg = self.cfg.eval
     if not prompts or self.model.attention == 'bidirectional':
       return []
     with self.clock('sample'):
-      results = sampling.generate(self.model, self.state.get('ema', self.state['params']), self.tokenizer, list(prompts),
-                                  max_tokens=cfg.max_tokens, temperature=cfg.temperature, top_p=cfg.top_p,
-                                  seed=self.cfg.train.seed + step)
+      params = self.state.get('ema', self.state['params'])
+      results = sampling.generate(
+          self.model, params, self.tokenizer, list(prompts), max_tokens=cfg.max_tokens, temperature=cfg.temperature,
+          top_p=cfg.top_p, seed=self.cfg.train.seed + step)
     texts = [prompt + result.text for prompt, result in zip(prompts, results)]
     for prompt, text in zip(prompts, texts):
       self.logger.text(step, repr(prompt), text)
@@ -395,7 +421,7 @@ class Run:
       for i in range(s.n_docs):
         yield self.tokenizer.decode_bytes(s.tokens[s.offsets[i]:s.offsets[i + 1]])
 
-  # The end --------------------------------------------------------------------------------------------------------------
+  # The end ------------------------------------------------------------------------------------------------------------
 
   def finish(self) -> dict:
     """Waits for the checkpoint, evaluates on all held-out text, samples, writes the report."""

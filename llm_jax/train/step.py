@@ -50,7 +50,7 @@ def loss_sums(cfg: config_lib.Config, model: config_lib.Model, kernel: str, para
 
 
 def make_train_step(cfg: config_lib.Config, model: config_lib.Model, tx: optax.GradientTransformation, kernel: str):
-  """train_step(state, batch) -> (state, metrics). Metrics are float32 scalars: loss/train (mean nats per token, with
+  """train_step(state, batch) -> (state, metrics). Metrics are float32 scalars: loss/train (mean nats per token, without
   smoothing), loss/z, accuracy, grads/norm, optimizer/learning_rate, tokens, step/skipped."""
 
   def grads_of(params, batch, key):
@@ -101,7 +101,7 @@ def make_train_step(cfg: config_lib.Config, model: config_lib.Model, tx: optax.G
 
 
 def make_eval_step(cfg: config_lib.Config, model: config_lib.Model, kernel: str):
-  """eval_step(params, batch) -> sums {'loss/ce' nats, 'accuracy', 'tokens'} over the batch, nothing added to the loss."""
+  """eval_step(params, batch) -> sums {'loss/ce' nats, 'accuracy', 'tokens'} over the batch."""
   return lambda params, batch: loss_sums(cfg, model, kernel, params, batch, training=False)[1]
 
 

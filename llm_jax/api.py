@@ -1,0 +1,90 @@
+"""A trained model in a few lines: `m = llm_jax.load(path)`, then m.logits, m.generate, m.attention, m.activations."""
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax import checkpoint as checkpoint_lib
+from llm_jax import config as config_lib
+from llm_jax.config import ConfigError
+from llm_jax.data import tokenizer as tokenizer_lib
+from llm_jax.generate import sampling
+from llm_jax.models import transformer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+  """A model to use. config: the run's Config; params: nested dict of float32 arrays; tokenizer: encode and decode."""
+  config: config_lib.Config
+  params: dict = dataclasses.field(repr=False)
+  tokenizer: object = dataclasses.field(repr=False)
+  shape: config_lib.Model = dataclasses.field(repr=False)    # config.model with nothing left to derive
+
+  def logits(self, token_BT) -> jax.Array:
+    """float32 [B, T, V]: what follows each token. Raises ConfigError for anything but rows of ids of the vocabulary."""
+    return _logits(self.shape, self.params, self._tokens(token_BT))
+
+  def generate(self, prompts: str | list[str], max_tokens: int = 64, temperature: float = 0.0, **options) -> list[str]:
+    """Continuations, without the prompts. options: top_k, top_p, min_p, repetition_penalty, stop, seed, n (then n texts
+    for each prompt, in order); see generate/sampling.py."""
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    results = sampling.generate(self.shape, self.params, self.tokenizer, prompts, max_tokens=max_tokens,
+                                temperature=temperature, **options)
+    return [result.text for result in results]
+
+  def attention(self, token_BT) -> jax.Array:
+    """Attention weights float32 [L, B, N, T, S]: how much query position t of each head reads from position s."""
+    names = [f'layer{i}/attention_weights' for i in range(self.shape.layers)]
+    return jnp.stack(list(self.activations(token_BT, names).values()))
+
+  def activations(self, token_BT, names) -> dict[str, jax.Array]:
+    """{name: array} of 'layerI/attention', 'layerI/mlp' and 'layerI/residual' ([B, T, D]: what the sublayers add, and
+    the stream after the layer) and 'layerI/attention_weights' ([B, N, T, S]). Raises ConfigError for other names."""
+    kinds = ('attention', 'mlp', 'residual', 'attention_weights')
+    known = [f'layer{i}/{kind}' for i in range(self.shape.layers) for kind in kinds]
+    names = [names] if isinstance(names, str) else list(names)
+    for name in names:
+      if name not in known:
+        raise ConfigError(f'activations: no {name!r}{config_lib.nearest(name, known)}; there are layer0 to '
+                          f'layer{self.shape.layers - 1}, each with {", ".join(kinds)}')
+    return _activations(self.shape, tuple(names), self.params, self._tokens(token_BT))
+
+  def _tokens(self, token_BT):
+    token_BT = np.asarray(token_BT)
+    if token_BT.ndim != 2 or token_BT.dtype.kind not in 'iu':
+      raise ConfigError(f'token_BT: expected rows of token ids, int [B, T], got {token_BT.dtype} {token_BT.shape}')
+    if token_BT.shape[1] > self.shape.max_length:
+      raise ConfigError(f'token_BT: {token_BT.shape[1]} tokens a row, the model reads at most {self.shape.max_length}')
+    if token_BT.size and not 0 <= token_BT.min() <= token_BT.max() < self.shape.vocab_size:
+      raise ConfigError(f'token_BT: ids {token_BT.min()} to {token_BT.max()}, expected 0 to {self.shape.vocab_size - 1}')
+    return jnp.asarray(token_BT, jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(shape, params, token_BT):
+  return transformer.bind(shape, params)(token_BT)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _activations(shape, names, params, token_BT):
+  taps = {}
+  transformer.bind(shape, params).hidden(token_BT, taps=taps)
+  return {name: taps[name].astype(jnp.float32) for name in names}
+
+
+def load(path, step: int | None = None, ema: bool = False, dtype: str | None = None) -> Model:
+  """The model of a run directory (newest complete step, or `step`) or of one of its checkpoints/STEP folders.
+
+  ema: the parameters' moving average, where the run keeps one. dtype: 'float32' or 'bfloat16' to compute in, instead of
+  the config's. Placed on the mesh set by jax.set_mesh, or on one device. Raises ConfigError for what is no such folder.
+  """
+  meta = checkpoint_lib.read_meta(path, step)
+  config = config_lib.build(meta.config)
+  if dtype is not None:
+    config = config_lib.check(dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype)))
+  tokenizer = tokenizer_lib.load(meta.tokenizer)
+  mesh = jax.sharding.get_mesh()
+  params = checkpoint_lib.restore_params(path, step, mesh=None if mesh.empty else mesh, ema=ema)
+  return Model(config, params, tokenizer, config_lib.derive(config.model, tokenizer.vocab_size, config.data.length))

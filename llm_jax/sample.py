@@ -1,0 +1,83 @@
+"""Continues prompts with a trained model: python -m llm_jax.sample --model=RUN_DIR --prompt='def main('
+
+Prompts and texts go to stdout, everything else to stderr.
+"""
+import argparse
+import sys
+
+from llm_jax import config as config_lib
+from llm_jax.config import ConfigError
+
+
+class Parser(argparse.ArgumentParser):
+  """argparse whose errors are one line that names the nearest flag."""
+
+  def error(self, message):
+    raise ConfigError(message)
+
+  def parse_args(self, args=None, namespace=None):
+    flags, unknown = self.parse_known_args(args, namespace)
+    if unknown:
+      known = [s for action in self._actions for s in action.option_strings if s.startswith('--')]
+      raise ConfigError(f'unknown flag {unknown[0]}{config_lib.nearest(unknown[0].partition("=")[0], known)}')
+    return flags
+
+
+def parse(args):
+  parser = Parser(prog='python -m llm_jax.sample', description=__doc__, allow_abbrev=False,
+                  formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--model', required=True, help='a run directory, or one of its checkpoints/STEP folders')
+  parser.add_argument('--prompt', action='append', help="text to continue; may be repeated; '-' reads stdin")
+  parser.add_argument('--max_tokens', type=int, default=128)
+  parser.add_argument('--temperature', type=float, default=0.8, help='0 is greedy')
+  parser.add_argument('--top_k', type=int, default=0)
+  parser.add_argument('--top_p', type=float, default=0.95)
+  parser.add_argument('--min_p', type=float, default=0.0)
+  parser.add_argument('--repetition_penalty', type=float, default=1.0)
+  parser.add_argument('--stop', action='append', default=[], help='text to end before; may be repeated')
+  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--n', type=int, default=1, help='samples per prompt')
+  parser.add_argument('--stream', action='store_true', help='print the text as it comes (one prompt, n=1)')
+  parser.add_argument('--step', type=int, help='the checkpoint; default: the newest')
+  parser.add_argument('--ema', action='store_true', help="the parameters' moving average, where the run keeps one")
+  parser.add_argument('--debug', action='store_true', help='show where an error came from')
+  return parser.parse_args(args)
+
+
+def shown(text: str) -> str:
+  """Text as it may go to stdout: on a terminal, control characters (escape sequences) are made visible."""
+  if not sys.stdout.isatty():
+    return text
+  return ''.join(c if c in '\n\t' or c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def main(args: list[str]) -> None:
+  with config_lib.one_line_errors('--debug' in args):
+    flags = parse(args)
+    prompts = [sys.stdin.read() if p == '-' else p for p in flags.prompt or ['']]
+    if flags.stream and (len(prompts) > 1 or flags.n > 1):
+      raise ConfigError('--stream: expected one prompt and n=1; several texts would be mixed')
+    options = dict(max_tokens=flags.max_tokens, temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p,
+                   min_p=flags.min_p, repetition_penalty=flags.repetition_penalty, stop=tuple(flags.stop),
+                   seed=flags.seed, n=flags.n)
+    from llm_jax import api
+    from llm_jax.generate import sampling
+    sampling.Options(**options)              # a wrong option fails before the model is read
+    model = api.load(flags.model, flags.step, flags.ema)
+    write = lambda text: print(shown(text), end='', flush=True)
+    if flags.stream:
+      write(prompts[0])
+    results = sampling.generate(model.shape, model.params, model.tokenizer, prompts,
+                                on_text=(lambda _, text: write(text)) if flags.stream else None, **options)
+    if flags.stream:
+      write('\n')
+    else:
+      for i, result in enumerate(results):
+        write(('=' * 20 + '\n' if i else '') + prompts[i // flags.n] + result.text + '\n')
+    made = sum(len(r.tokens) for r in results)
+    seconds = max(r.seconds for r in results)
+    print(f'{made} tokens in {seconds:.2f} s ({made / max(seconds, 1e-9):,.0f} tok/s after compiling)', file=sys.stderr)
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])
