@@ -24,7 +24,8 @@ class Model:
 
   def logits(self, token_BT) -> jax.Array:
     """float32 [B, T, V]: what follows each token. Raises ConfigError for anything but rows of ids of the vocabulary."""
-    return _logits(self.shape, self.params, self._tokens(token_BT))
+    token_BT = self._tokens(token_BT)
+    return _logits(self.shape, self.params, fill_rows(token_BT))[:len(token_BT)]
 
   def generate(self, prompts: str | list[str], max_tokens: int = 64, temperature: float = 0.0, **options) -> list[str]:
     """Continuations, without the prompts. options: top_k, top_p, min_p, repetition_penalty, stop, seed, n (then n texts
@@ -37,7 +38,8 @@ class Model:
   def attention(self, token_BT) -> jax.Array:
     """Attention weights float32 [L, B, N, T, S]: how much query position t of each head reads from position s."""
     names = [f'layer{i}/attention_weights' for i in range(self.shape.layers)]
-    return jnp.stack(list(self.activations(token_BT, names).values()))
+    found = self.activations(token_BT, names)
+    return jnp.stack([found[name] for name in names])
 
   def activations(self, token_BT, names) -> dict[str, jax.Array]:
     """{name: array} of 'layerI/attention', 'layerI/mlp' and 'layerI/residual' ([B, T, D]: what the sublayers add, and
@@ -49,17 +51,28 @@ class Model:
       if name not in known:
         raise ConfigError(f'activations: no {name!r}{config_lib.nearest(name, known)}; there are layer0 to '
                           f'layer{self.shape.layers - 1}, each with {", ".join(kinds)}')
-    return _activations(self.shape, tuple(names), self.params, self._tokens(token_BT))
+    token_BT = self._tokens(token_BT)
+    found = _activations(self.shape, tuple(names), self.params, fill_rows(token_BT))
+    return {name: found[name][:len(token_BT)] for name in names}
 
-  def _tokens(self, token_BT):
-    token_BT = np.asarray(token_BT)
-    if token_BT.ndim != 2 or token_BT.dtype.kind not in 'iu':
+  def _tokens(self, token_BT) -> np.ndarray:
+    try:
+      token_BT = np.asarray(token_BT)
+    except ValueError as e:
+      raise ConfigError('token_BT: expected rows of token ids, all of one length; got rows of several lengths') from e
+    if token_BT.ndim != 2 or token_BT.dtype.kind not in 'iu' or not token_BT.size:
       raise ConfigError(f'token_BT: expected rows of token ids, int [B, T], got {token_BT.dtype} {token_BT.shape}')
     if token_BT.shape[1] > self.shape.max_length:
       raise ConfigError(f'token_BT: {token_BT.shape[1]} tokens a row, the model reads at most {self.shape.max_length}')
-    if token_BT.size and not 0 <= token_BT.min() <= token_BT.max() < self.shape.vocab_size:
-      raise ConfigError(f'token_BT: ids {token_BT.min()} to {token_BT.max()}, expected 0 to {self.shape.vocab_size - 1}')
-    return jnp.asarray(token_BT, jnp.int32)
+    vocab_size = min(self.tokenizer.vocab_size, self.shape.vocab_size)
+    if not 0 <= token_BT.min() <= token_BT.max() < vocab_size:
+      raise ConfigError(f'token_BT: ids {token_BT.min()} to {token_BT.max()}, expected 0 to {vocab_size - 1}')
+    return token_BT.astype(np.int32)
+
+
+def fill_rows(token_BT: np.ndarray) -> np.ndarray:
+  """Rows of zeros added, up to a number that the mesh's batch axes divide."""
+  return np.pad(token_BT, ((0, sampling.row_count(len(token_BT)) - len(token_BT)), (0, 0)))
 
 
 @functools.partial(jax.jit, static_argnums=0)

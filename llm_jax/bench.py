@@ -140,7 +140,7 @@ def train(flags) -> None:
   token_BT = np.random.default_rng(0).integers(0, VOCAB, (flags.batch, flags.length + 1), dtype=np.int32)
   runs = [Ours(flags, token_BT)]
   if flags.peer == 'torch':
-    runs += [Torch(flags, token_BT, compiled=False)] + ([Torch(flags, token_BT, compiled=True)] if flags.compiled else [])
+    runs += [Torch(flags, token_BT, compiled) for compiled in ((False, True) if flags.compiled else (False,))]
   peak = metrics.peak_flops()
   flops = metrics.flops_per_token(model_of(flags), flags.length)
   for run in runs:
@@ -158,8 +158,8 @@ def train(flags) -> None:
   for run in runs:
     rate = tokens / statistics.median(seconds[run.name])
     ratio = statistics.median(theirs / mine for theirs, mine in zip(seconds[run.name], ours))
-    print(f'{run.name:>24}  {rate:>9,.0f} tok/s  MFU {rate * flops["causal"] / peak.flops:.1%}  ours/this {ratio:.2f}x  '
-          f'compile {run.compile_s:.1f} s')
+    print(f'{run.name:>24}  {rate:>9,.0f} tok/s  MFU {rate * flops["causal"] / peak.flops:.1%}  '
+          f'ours/this {ratio:.2f}x  compile {run.compile_s:.1f} s')
   print(f'{"limit":>24}  {peak.flops / flops["causal"]:>9,.0f} tok/s  ({peak.source})')
 
 

@@ -378,7 +378,7 @@ def _is_range(text):
 
 
 def derive(model: Model, vocab_size: int = 0, length: int = 0) -> Model:
-  """Fills the fields that are 0 for 'derived': head_dim, kv_heads, mlp_dim, and, when given, vocab_size and max_length."""
+  """Fills fields that are 0 for 'derived': head_dim, kv_heads, mlp_dim, and, when given, vocab_size and max_length."""
   return dataclasses.replace(
       model, head_dim=model.head_dim or model.width // model.heads, kv_heads=model.kv_heads or model.heads,
       mlp_dim=model.mlp_dim or 4 * model.width, max_length=model.max_length or length,

@@ -3,6 +3,7 @@
 Prompts and texts go to stdout, everything else to stderr.
 """
 import argparse
+import os
 import sys
 
 from llm_jax import config as config_lib
@@ -44,6 +45,16 @@ def parse(args):
   return parser.parse_args(args)
 
 
+def read_prompt(prompt: str) -> str:
+  """The text of a --prompt: '-' is all of stdin."""
+  try:
+    text = sys.stdin.buffer.read().decode() if prompt == '-' else prompt
+    text.encode()
+    return text
+  except UnicodeError as e:
+    raise ConfigError(f'--prompt: expected UTF-8, got {e}') from e
+
+
 def shown(text: str) -> str:
   """Text as it may go to stdout: on a terminal, control characters (escape sequences) are made visible."""
   if not sys.stdout.isatty():
@@ -53,30 +64,37 @@ def shown(text: str) -> str:
 
 def main(args: list[str]) -> None:
   with config_lib.one_line_errors('--debug' in args):
-    flags = parse(args)
-    prompts = [sys.stdin.read() if p == '-' else p for p in flags.prompt or ['']]
-    if flags.stream and (len(prompts) > 1 or flags.n > 1):
-      raise ConfigError('--stream: expected one prompt and n=1; several texts would be mixed')
-    options = dict(max_tokens=flags.max_tokens, temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p,
-                   min_p=flags.min_p, repetition_penalty=flags.repetition_penalty, stop=tuple(flags.stop),
-                   seed=flags.seed, n=flags.n)
-    from llm_jax import api
-    from llm_jax.generate import sampling
-    sampling.Options(**options)              # a wrong option fails before the model is read
-    model = api.load(flags.model, flags.step, flags.ema)
-    write = lambda text: print(shown(text), end='', flush=True)
-    if flags.stream:
-      write(prompts[0])
-    results = sampling.generate(model.shape, model.params, model.tokenizer, prompts,
-                                on_text=(lambda _, text: write(text)) if flags.stream else None, **options)
-    if flags.stream:
-      write('\n')
-    else:
-      for i, result in enumerate(results):
-        write(('=' * 20 + '\n' if i else '') + prompts[i // flags.n] + result.text + '\n')
-    made = sum(len(r.tokens) for r in results)
-    seconds = max(r.seconds for r in results)
-    print(f'{made} tokens in {seconds:.2f} s ({made / max(seconds, 1e-9):,.0f} tok/s after compiling)', file=sys.stderr)
+    try:
+      run(parse(args))
+    except BrokenPipeError:                  # the reader left, as `head` does
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def run(flags) -> None:
+  prompts = [read_prompt(p) for p in flags.prompt or ['']]
+  if flags.stream and (len(prompts) > 1 or flags.n > 1):
+    raise ConfigError('--stream: expected one prompt and n=1; several texts would be mixed')
+  options = dict(max_tokens=flags.max_tokens, temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p,
+                 min_p=flags.min_p, repetition_penalty=flags.repetition_penalty, stop=tuple(flags.stop),
+                 seed=flags.seed, n=flags.n)
+  from llm_jax import api
+  from llm_jax.generate import sampling
+  sampling.Options(**options)                # a wrong option fails before the model is read
+  model = api.load(flags.model, flags.step, flags.ema)
+  sys.stdout.reconfigure(errors='backslashreplace')    # a terminal that is not UTF-8
+  write = lambda text: print(shown(text), end='', flush=True)
+  if flags.stream:
+    write(prompts[0])
+  results = sampling.generate(model.shape, model.params, model.tokenizer, prompts,
+                              on_text=(lambda _, text: write(text)) if flags.stream else None, **options)
+  if flags.stream:
+    write('\n')
+  else:
+    for i, result in enumerate(results):
+      write(('=' * 20 + '\n' if i else '') + prompts[i // flags.n] + result.text + '\n')
+  made = sum(len(r.tokens) for r in results)
+  seconds = max(r.seconds for r in results)
+  print(f'{made} tokens in {seconds:.2f} s ({made / max(seconds, 1e-9):,.0f} tok/s after compiling)', file=sys.stderr)
 
 
 if __name__ == '__main__':

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import quick_jit
+import tiny
 
 from llm_jax import config as config_lib
 from llm_jax.data import batches as batches_lib
@@ -23,7 +23,7 @@ BYTE = tokenizer_lib.build(config_lib.Tokenizer(kind='byte'), ())
 
 def config(**groups):
   """A tiny config; keyword arguments are groups of changed keys."""
-  base = dict(model=dict(vocab_size=V, layers=2, width=32, heads=4, mlp_dim=64), data=dict(length=T),
+  base = dict(model=dict(vocab_size=V, layers=2, width=32, heads=4, mlp_dim=64, unroll=False), data=dict(length=T),
               train=dict(batch_size=B, steps=100),
               optimizer=dict(learning_rate=1e-2, schedule='constant', warmup_steps=0))
   kinds = dict(model=config_lib.Model, data=config_lib.Data, train=config_lib.Train, optimizer=config_lib.Optimizer)
@@ -31,26 +31,16 @@ def config(**groups):
       name: kind(**{**base[name], **groups.get(name, {})}) for name, kind in kinds.items()}))
 
 
-def batch_of(seed=0, rows=B):
+HARD = config(model=dict(mlp='swiglu', kv_heads=2, tied_embeddings=False, dropout=0.1),
+              train=dict(z_loss=1e-3, label_smoothing=0.1, ema=0.9, accumulate=2))
+
+
+def batch_of(seed=0):
   """Random tokens; the rows have very different numbers of targets, and one row has none."""
   rng = np.random.default_rng(seed)
-  token = rng.integers(0, V, (rows, T + 1)).astype(np.int32)
-  mask = (rng.random((rows, T)) < np.linspace(0, 1, rows)[:, None]).astype(np.float32)
+  token = rng.integers(0, V, (B, T + 1)).astype(np.int32)
+  mask = (rng.random((B, T)) < np.linspace(0, 1, B)[:, None]).astype(np.float32)
   return dict(token_BT=token[:, :-1].copy(), target_BT=token[:, 1:].copy(), mask_BT=mask)
-
-
-def start(cfg, tx=None):
-  """(state, jitted step) of a config; `tx` replaces its optimizer."""
-  model = config_lib.derive(cfg.model, V, cfg.data.length)
-  key = jax.random.key(cfg.train.seed)
-  tx = tx or optimizer_lib.make(cfg.optimizer, jax.eval_shape(lambda: step_lib.transformer.init(model, key)))
-  state = initial(cfg, model, tx)
-  return state, quick_jit(step_lib.make_train_step(cfg, model, tx, 'xla'))
-
-
-@functools.cache
-def initial(cfg, model, tx):
-  return quick_jit(lambda key: step_lib.init_state(cfg, model, tx, key))(jax.random.key(cfg.train.seed))
 
 
 KEEP = optax.GradientTransformation(      # an optimizer that keeps the gradients, to the last bit, and changes nothing
@@ -58,11 +48,35 @@ KEEP = optax.GradientTransformation(      # an optimizer that keeps the gradient
     lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), grads))
 
 
+@functools.cache
+def compiled(cfg, tx=None):
+  """(abstract state -> initial state, jitted step) of a config; `tx` replaces its optimizer."""
+  model = config_lib.derive(cfg.model, V, cfg.data.length)
+  tx = tx or optimizer_lib.make(cfg.optimizer, tiny.shapes(model))
+  return (functools.partial(step_lib.init_state, cfg, model, tx),
+          tiny.quick_jit(step_lib.make_train_step(cfg, model, tx, 'xla')))
+
+
+def start(cfg, tx=None):
+  """(state, jitted step); the parameters are drawn by NumPy, which costs no compilation."""
+  init, run = compiled(cfg, tx)
+  rng = np.random.default_rng(0)
+
+  def draw(path, leaf):
+    dims = leaf.shape[1:] if 'blocks' in jax.tree_util.keystr(path) else leaf.shape
+    values = rng.normal(0, np.prod(dims[:-1], initial=1) ** -0.5, leaf.shape) if len(dims) > 1 else np.ones(leaf.shape)
+    return jnp.asarray(values, leaf.dtype)
+  abstract = jax.eval_shape(init, jax.random.key(0))
+  params = jax.tree_util.tree_map_with_path(draw, abstract['params'])
+  state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
+  state |= dict(params=params, horizon=jnp.int32(cfg.train.steps))
+  return state | (dict(ema=params) if 'ema' in state else {}), run
+
+
 def gradients(cfg, batch, step=0):
   """({leaf: gradient}, metrics) of one step."""
   state, run = start(cfg, KEEP)
-  state = dict(state, step=jnp.int32(step))
-  state, metrics = run(state, batch)
+  state, metrics = run(dict(state, step=jnp.int32(step)), batch)
   return leaves(state['opt_state']), metrics
 
 
@@ -86,29 +100,31 @@ def bits(tree):
 
 def test_golden_metrics_of_one_step():
   """If you did not mean to change behaviour, this is a bug."""
-  cfg = config(train=dict(z_loss=1e-3, label_smoothing=0.1, ema=0.9, accumulate=2), model=dict(mlp='swiglu', kv_heads=2))
-  state, run = start(cfg)
+  init, run = compiled(HARD)
+  state = tiny.quick_jit(init)(jax.random.key(HARD.train.seed))
   state, metrics = run(state, batch_of())
   got = {name: float(value) for name, value in metrics.items()}
   got |= {'params/norm': float(optax.tree.norm(state['params'])), 'ema/norm': float(optax.tree.norm(state['ema']))}
-  golden = {}
+  golden = {'loss/train': 5.0731449, 'loss/z': 0.022460187, 'accuracy': 0.0, 'grads/norm': 13.688582, 'tokens': 61.0,
+            'optimizer/learning_rate': 0.01, 'step/skipped': 0.0, 'params/norm': 25.527248, 'ema/norm': 25.524590}
   assert got.keys() == golden.keys()
   for name, value in golden.items():
     assert got[name] == pytest.approx(value, rel=1e-5), f'{name}; all: {got}'
 
 
-@pytest.mark.parametrize('changes', [
-    dict(), dict(z_loss=1e-2, label_smoothing=0.1), dict(loss_chunk=4)], ids=['plain', 'z and smoothing', 'chunked'])
+CHUNKED = dict(z_loss=1e-2, label_smoothing=0.1, loss_chunk=4)
+
+
+@pytest.mark.parametrize('changes', [dict(), CHUNKED], ids=['plain', 'chunked, z and smoothing'])
 def test_accumulation_gives_the_gradients_and_metrics_of_the_large_batch(changes):
   batch = batch_of()
   wanted, large = gradients(config(train=changes), batch)
   counts = [float(batch['mask_BT'][i::4].sum()) for i in range(4)]
   assert len(set(counts)) == 4                              # else a mean of means would pass
-  for parts in (2, 4, 8):
-    got, small = gradients(config(train=dict(changes, accumulate=parts)), batch)
-    assert_gradients_equal(got, wanted)
-    for name in large:
-      assert float(small[name]) == pytest.approx(float(large[name]), rel=1e-6), name
+  got, small = gradients(config(train=dict(changes, accumulate=4)), batch)
+  assert_gradients_equal(got, wanted)
+  for name in large:
+    assert float(small[name]) == pytest.approx(float(large[name]), rel=1e-6), name
 
 
 def test_accumulation_in_bfloat16_is_coarser_but_the_same():
@@ -120,72 +136,68 @@ def test_accumulation_in_bfloat16_is_coarser_but_the_same():
     assert_gradients_equal(got, wanted, 1e-5)
 
 
-@pytest.mark.parametrize('changes', [
-    dict(remat='dots'), dict(remat='full'), dict(unroll=False), dict(unroll=False, remat='full')], ids=str)
-def test_remat_and_unroll_change_nothing(changes):
-  """With dropout on: what is computed again has the same masks."""
-  with jax.default_matmul_precision('highest'):
-    wanted, first = gradients(config(model=dict(dropout=0.2, layers=3)), batch_of())
-    got, second = gradients(config(model=dict(dropout=0.2, layers=3, **changes)), batch_of())
-  assert_gradients_equal(got, wanted)
-  assert float(first['loss/train']) == pytest.approx(float(second['loss/train']), rel=1e-6)
-
-
 def test_chunked_loss_changes_nothing():
-  wanted, first = gradients(config(train=dict(z_loss=1e-3)), batch_of())
-  got, second = gradients(config(train=dict(z_loss=1e-3, loss_chunk=4)), batch_of())
+  plain = dict(CHUNKED, loss_chunk=0)
+  wanted, first = gradients(config(train=plain), batch_of())
+  got, second = gradients(config(train=CHUNKED), batch_of())
   assert_gradients_equal(got, wanted)
   for name in first:
     assert float(first[name]) == pytest.approx(float(second[name]), rel=1e-6), name
 
 
-def test_dropout_is_a_function_of_seed_step_and_microbatch():
-  with_dropout = config(model=dict(dropout=0.3))
-  batch = batch_of()
-  same = dict(batch, **{name: np.repeat(x[5:6], B, 0) for name, x in batch.items()})   # eight equal rows
-  loss = lambda cfg, step, batch: float(gradients(cfg, batch, step=step)[1]['loss/train'])
-  first = loss(with_dropout, 0, batch)
-  assert loss(with_dropout, 0, batch) == first
-  assert loss(with_dropout, 1, batch) != first
-  assert loss(dataclasses.replace(with_dropout, train=dataclasses.replace(with_dropout.train, seed=1)), 0, batch) != first
-  assert loss(config(), 0, batch) == loss(config(), 1, batch)
-  once, _ = gradients(with_dropout, {name: x[:1] for name, x in same.items()})
-  twice, _ = gradients(config(model=dict(dropout=0.3), train=dict(batch_size=2, accumulate=2)),
-                       {name: x[:2] for name, x in same.items()})
-  with pytest.raises(AssertionError):                       # the second microbatch has masks of its own
-    assert_gradients_equal(twice, once, 1e-3)
+DROPOUT = dict(dropout=0.2, layers=3)
 
 
-def poisoned(how):
-  """(params -> params, batch -> batch) that make one step unusable."""
-  def nan(params):
-    return jax.tree.map(lambda x: x, dict(params, embed_VD=params['embed_VD'].at[0, 0].set(jnp.nan)))
-
-  def tiny(params):     # loss finite, gradients up to 1e25: their squares overflow
-    return dict(params, embed_VD=params['embed_VD'] * 1e-25)
-  same = lambda x: x
-  return {'nan in the parameters': (nan, same), 'overflowing gradients': (tiny, same),
-          'infinite mask': (same, lambda b: dict(b, mask_BT=np.where(b['mask_BT'] > 0, np.inf, 0).astype(np.float32))),
-          'no tokens': (same, lambda b: dict(b, mask_BT=np.zeros_like(b['mask_BT'])))}[how]
+@pytest.mark.parametrize('changes', [dict(unroll=True), dict(remat='full'), dict(remat='dots', unroll=True)], ids=str)
+def test_remat_and_unroll_change_nothing(changes):
+  """With dropout on: what is computed again has the same masks."""
+  wanted, first = gradients(config(model=DROPOUT), batch_of())
+  got, second = gradients(config(model=dict(DROPOUT, **changes)), batch_of())
+  assert_gradients_equal(got, wanted)
+  assert float(first['loss/train']) == pytest.approx(float(second['loss/train']), rel=1e-6)
 
 
-@pytest.mark.parametrize('how', ['nan in the parameters', 'overflowing gradients', 'infinite mask', 'no tokens'])
-@pytest.mark.parametrize('accumulate', [1, 2])
-def test_an_unusable_step_changes_no_bit_and_is_counted(how, accumulate):
-  cfg = config(train=dict(ema=0.9, accumulate=accumulate), model=dict(tied_embeddings=False, norm_eps=1e-45))
-  state, run = start(cfg)
+def test_dropout_is_a_function_of_step_and_microbatch():
+  cfg = config(model=DROPOUT)
+  same = {name: np.repeat(x[5:6], B, 0) for name, x in batch_of().items()}             # eight equal rows
+  first, one = gradients(cfg, same)
+  again, _ = gradients(cfg, same)
+  assert bits(first) == bits(again)
+  assert gradients(cfg, same, step=1)[1]['loss/train'] != one['loss/train']
+  assert gradients(config(), same)[1]['loss/train'] == gradients(config(), same, step=1)[1]['loss/train']
+  # Row 0 of the first microbatch draws what row 0 of a batch draws; were the second's masks the first's, then
+  # two microbatches of four equal rows would give the gradient of one of them.
+  half = {name: x[:B // 2] for name, x in same.items()}
+  wanted, _ = gradients(config(model=DROPOUT, train=dict(batch_size=B // 2)), half)
+  got, _ = gradients(config(model=DROPOUT, train=dict(accumulate=2)), same)
+  with pytest.raises(AssertionError):
+    assert_gradients_equal(got, wanted, 1e-3)
+
+
+POISON = {     # what makes a step unusable: (parameters, mask)
+    'nan in the parameters': (dict(unembed_DV=np.nan), 1),
+    'overflowing gradients': (dict(unembed_DV=1e20), 1),    # the loss is finite, the gradients' squares are not
+    'infinite mask': ({}, np.inf),
+    'no tokens': ({}, 0)}
+
+
+@pytest.mark.parametrize('how', POISON)
+def test_an_unusable_step_changes_no_bit_and_is_counted(how):
+  state, run = start(HARD)
   state, metrics = run(state, batch_of(1))                  # moments that are not zero
   assert metrics['step/skipped'] == 0
-  spoil_params, spoil_batch = poisoned(how)
-  state['params'] = spoil_params(state['params'])
-  after, metrics = run(state, spoil_batch(batch_of(2)))
+  factors, weight = POISON[how]
+  state['params'] = {name: x * factors[name] if name in factors else x for name, x in state['params'].items()}
+  batch = batch_of(2)
+  batch['mask_BT'] = np.where(batch['mask_BT'] > 0, weight, 0).astype(np.float32)
+  after, metrics = run(state, batch)
   assert metrics['step/skipped'] == 1
   assert int(after['step']) == int(state['step']) + 1
   for part in ('params', 'opt_state', 'ema', 'horizon'):
     assert bits(after[part]) == bits(state[part]), part
   if how == 'overflowing gradients':
     assert np.isfinite(metrics['loss/train']) and not np.isfinite(metrics['grads/norm'])
-  if how in ('infinite mask', 'no tokens'):                 # the state is sound: the next step trains
+  if not factors:                                           # the state is sound: the next step trains
     again, metrics = run(after, batch_of(3))
     assert metrics['step/skipped'] == 0
     assert np.isfinite(optax.tree.norm(again['params']))
@@ -193,51 +205,52 @@ def test_an_unusable_step_changes_no_bit_and_is_counted(how, accumulate):
 
 
 def test_one_program_for_every_step():
-  state, run = start(config(model=dict(dropout=0.1), train=dict(ema=0.9)))
-  for i in range(4):
-    state, _ = run(dict(state, horizon=jnp.asarray(100 + i, jnp.int32)), batch_of(i))
-  # The first call's arrays are uncommitted; from the second on nothing may differ.
+  """Also from the real initial state, whose arrays must not be of weak type."""
+  init, _ = compiled(HARD)
+  model = config_lib.derive(HARD.model, V, T)
+  state = jax.eval_shape(init, jax.random.key(0))
+  assert [path for path, x in jax.tree_util.tree_leaves_with_path(state) if x.weak_type] == []
+  compiled.cache_clear()
+  state, run = start(HARD)
+  for i in range(3):
+    state, _ = run(dict(state, horizon=jnp.int32(100 + i)), batch_of(i))
   assert run._cache_size() == 1
+  assert model.dropout
 
 
 def test_metrics_are_what_they_say():
-  cfg = config(train=dict(label_smoothing=0.2, z_loss=0.01), optimizer=dict(warmup_steps=10, schedule='linear'))
+  cfg = dataclasses.replace(HARD, model=dataclasses.replace(HARD.model, dropout=0.0), optimizer=config_lib.Optimizer(
+      warmup_steps=10, schedule='linear', learning_rate=1e-2))
   state, run = start(cfg)
   batch = batch_of()
-  model = step_lib.transformer.bind(config_lib.derive(cfg.model, V, T), state['params'])
-  logits = np.asarray(model(batch['token_BT']), np.float64)
+  model = config_lib.derive(cfg.model, V, T)
+  forward = tiny.quick_jit(lambda params, token_BT: step_lib.transformer.bind(model, params)(token_BT))
+  logits = np.asarray(forward(state['params'], batch['token_BT']), np.float64)
   logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
   mask = batch['mask_BT']
   ce = -np.take_along_axis(logp, batch['target_BT'][..., None], -1)[..., 0]
+  before = state['params']
   _, metrics = run(state, batch)
   assert float(metrics['loss/train']) == pytest.approx((ce * mask).sum() / mask.sum(), rel=1e-5)
-  z = 0.01 * np.log(np.exp(logits).sum(-1)) ** 2
+  z = 1e-3 * np.log(np.exp(logits).sum(-1)) ** 2
   assert float(metrics['loss/z']) == pytest.approx((z * mask).sum() / mask.sum(), rel=1e-4)
   hits = (logits.argmax(-1) == batch['target_BT']) * mask
   assert float(metrics['accuracy']) == pytest.approx(hits.sum() / mask.sum(), abs=1e-6)
   assert float(metrics['tokens']) == mask.sum()
   assert float(metrics['optimizer/learning_rate']) == pytest.approx(0.1 * 1e-2, rel=1e-6)
-  sums = step_lib.make_eval_step(cfg, config_lib.derive(cfg.model, V, T), 'xla')(state['params'], batch)
+  # Evaluation: the same cross-entropy, without dropout, smoothing or z-loss.
+  evaluate = tiny.quick_jit(step_lib.make_eval_step(HARD, config_lib.derive(HARD.model, V, T), 'xla'))
+  sums = evaluate(before, batch)
   assert float(sums['loss/ce']) == pytest.approx((ce * mask).sum(), rel=1e-5)
   assert float(sums['loss/z']) == 0
 
 
-def test_evaluation_has_no_dropout():
-  cfg = config(model=dict(dropout=0.5))
-  state, _ = start(cfg)
-  evaluate = lambda cfg: step_lib.make_eval_step(cfg, config_lib.derive(cfg.model, V, T), 'xla')(
-      state['params'], batch_of())['loss/ce']
-  assert evaluate(cfg) == evaluate(config())
-
-
 def test_ema_follows_the_parameters():
-  cfg = config(train=dict(ema=0.5))
-  state, run = start(cfg)
+  state, run = start(HARD)
   ema = leaves(state['ema'])
-  assert bits(state['ema']) == bits(state['params'])
   for step in range(3):
     state, _ = run(state, batch_of(step))
-    d = min(0.5, (1 + step) / (10 + step))
+    d = min(0.9, (1 + step) / (10 + step))
     ema = {name: d * ema[name] + (1 - d) * x for name, x in leaves(state['params']).items()}
     for name, x in leaves(state['ema']).items():
       np.testing.assert_allclose(x, ema[name], rtol=1e-5, atol=1e-7)
@@ -262,14 +275,14 @@ def corpus():
 def learn(steps=60, **groups):
   """(validation loss before, after, state) of a short training run."""
   cfg = config(**groups | dict(
-      model=dict(vocab_size=0, max_length=0) | groups.get('model', {}),
+      model=dict(vocab_size=0, layers=1) | groups.get('model', {}),
       data=dict(source='text', path=str(corpus()), length=32, valid_fraction=0.2) | groups.get('data', {})))
   stores = store.prepare(cfg.data, BYTE, corpus().with_suffix('.cache'), 'none')
   batches = batches_lib.Batches(stores.train, stores.weights, cfg.data, cfg.train, BYTE)
   held_out = batches_lib.EvalBatches(stores.valid[0], cfg.data, B, BYTE, cfg.train.objective)
   model = config_lib.derive(cfg.model, BYTE.vocab_size, cfg.data.length)
   cfg = dataclasses.replace(cfg, model=model)
-  evaluate = quick_jit(step_lib.make_eval_step(cfg, model, 'xla'))
+  evaluate = evaluation(cfg.train, model)
 
   def valid(params):
     sums = [evaluate(params, held_out[i]) for i in range(min(len(held_out), 16))]
@@ -283,35 +296,41 @@ def learn(steps=60, **groups):
   return before, valid(state['params']), state
 
 
+@functools.cache
+def evaluation(train, model):
+  return tiny.quick_jit(step_lib.make_eval_step(config_lib.Config(model=model, train=train), model, 'xla'))
+
+
 @pytest.mark.parametrize('objective, attention, packing', [
     ('causal', 'causal', 'pack'), ('prefix', 'prefix', 'pack'), ('masked', 'bidirectional', 'concat'),
     ('span', 'prefix', 'concat')])
 def test_each_objective_lowers_its_validation_loss(objective, attention, packing):
-  """From about ln 320 = 5.8 to below the 2.7 of a model that knows only how often each letter comes."""
-  before, after, _ = learn(100 if objective in ('masked', 'span') else 60, train=dict(objective=objective),
+  """Below the 2.7 nats of a model that knows only how often each letter comes."""
+  before, after, _ = learn(150 if objective in ('masked', 'span') else 60, train=dict(objective=objective),
                            model=dict(attention=attention), data=dict(packing=packing))
   assert before > 5
-  assert after < 2.7
+  assert after < 2.5
 
 
 @pytest.mark.parametrize('name, rates', [
-    ('adamw', dict(learning_rate=1e-2)), ('adafactor', dict(learning_rate=1e-2)), ('lion', dict(learning_rate=1e-3)),
+    ('adafactor', dict(learning_rate=1e-2)), ('lion', dict(learning_rate=2e-3)),
     ('muon', dict(learning_rate=1e-2, matrix_learning_rate=0.02))])
 def test_each_optimizer_lowers_the_loss(name, rates):
-  before, after, state = learn(40, optimizer=dict(name=name, **rates))
-  assert after < 0.6 * before
-  assert int(state['step']) == 40
+  """AdamW does in every other test."""
+  before, after, state = learn(60, optimizer=dict(name=name, **rates), data=dict(packing='pack'))
+  assert before > 5
+  assert after < 2.5
+  assert int(state['step']) == 60
 
 
 def test_bfloat16_compute_has_float32_masters():
-  before, after, state = learn(60, model=dict(dtype='bfloat16'), train=dict(accumulate=2))
-  assert after < 0.5 * before
+  _, after, state = learn(60, model=dict(dtype='bfloat16'), data=dict(packing='pack'))
+  assert after < 2.5
   for part in ('params', 'opt_state'):
     for name, x in leaves(state[part]).items():
       assert x.dtype in (np.float32, np.int32), name
       assert np.isfinite(x).all(), name
-  cfg = config(model=dict(dtype='bfloat16'))
-  low, _ = gradients(cfg, batch_of())
+  low, _ = gradients(config(model=dict(dtype='bfloat16')), batch_of())
   high, _ = gradients(config(), batch_of())
   assert_gradients_equal(low, high, 0.1)
   with pytest.raises(AssertionError):                       # it does compute in bfloat16

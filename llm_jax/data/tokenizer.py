@@ -26,7 +26,8 @@ SPACE = '\u2581'                                                  # what Sentenc
 
 # What one piece of our own SentencePiece may span: a line from its newline on. Words are not kept apart, because pieces
 # such as '\n        self.' and ' = None' give 8 to 19% more bytes per token on Python than pieces within words.
-# No piece has a newline anywhere but at its start, so encoding line by line, which is twice as fast, changes no id.
+# No piece has a newline but at its start, so encoding line by line, which is twice as fast, gives the ids of the whole
+# (in unigram another choice among equally likely ones, at times).
 SPAN = {'bpe': re.compile(r'[\r\n]+[^\r\n]{0,40}|[^\r\n]{1,40}'),
         # Unigram considers every substring of a span: lines would take many minutes.
         'unigram': re.compile(r'[\r\n]+[ \t]*| ?\w{1,32}[^\w\s]{0,8}| ?[^\w\s]{1,32}|[ \t]+|\s')}

@@ -3,6 +3,7 @@
 Prompts are padded on the right and a slot of the cache is a position, so every row goes on at its own length. Lengths
 are rounded up to powers of two: few programs are compiled. Read `generate`, then `generate_tokens`, then `decode`.
 """
+import collections
 import dataclasses
 import functools
 import time
@@ -43,10 +44,13 @@ class Options:
     stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
     object.__setattr__(self, 'stop', stop)
     for name, fits, expected in (
-        ('max_tokens', self.max_tokens >= 1, 'at least 1'), ('temperature', 0 <= self.temperature < np.inf, '0 or more'),
-        ('top_k', self.top_k >= 0, '0 (off) or more'), ('top_p', 0 < self.top_p <= 1, 'above 0 and at most 1'),
-        ('min_p', 0 <= self.min_p <= 1, 'between 0 and 1'), ('n', self.n >= 1, 'at least 1'),
+        ('max_tokens', self.max_tokens >= 1, 'at least 1'),
+        ('temperature', 0 <= self.temperature < np.inf, '0 (greedy) or more'),
+        ('top_k', self.top_k >= 0, '0 (off) or more'),
+        ('top_p', 0 < self.top_p <= 1, 'above 0 and at most 1'),
+        ('min_p', 0 <= self.min_p <= 1, 'between 0 and 1'),
         ('repetition_penalty', 0 < self.repetition_penalty < np.inf, 'above 0'),
+        ('n', self.n >= 1, 'at least 1'),
         ('stop', all(stop) and all(isinstance(s, str) for s in stop), 'texts that are not empty')):
       if not fits:
         raise ConfigError(f'{name}: expected {expected}, got {getattr(self, name)!r}')
@@ -74,6 +78,7 @@ def generate(model_cfg: config_lib.Model, params, tokenizer, prompts: list, *, o
   if unknown:
     raise ConfigError(f'{unknown[0]}: no such option{config_lib.nearest(unknown[0], Options.__dataclass_fields__)}')
   options = Options(**options)
+  prompts = [prompts] if isinstance(prompts, str) else prompts
   if options.stop_ids is None:
     options = dataclasses.replace(options, stop_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,))
   ids = encode(model_cfg, tokenizer, prompts)
@@ -126,8 +131,10 @@ def generate_tokens(model_cfg: config_lib.Model, params, prompts: list, options:
   vocab_size = min(vocab_size or cfg.vocab_size, cfg.vocab_size)
   _check(cfg, prompts, vocab_size)
   rows = [tuple(p) for p in prompts for _ in range(options.n)]
-  earlier = {}
-  nth = [earlier.update({row: earlier.get(row, -1) + 1}) or earlier[row] for row in rows]   # same prompts, other samples
+  nth, came = [], collections.Counter()
+  for row in rows:
+    nth.append(came[row])      # the same prompt again is another sample
+    came[row] += 1
   weights = unstack(cfg, params)
   outputs = []
   for first in range(0, len(rows), ROWS):
@@ -158,10 +165,10 @@ def _batch(cfg, weights, rows, nth, options, vocab_size, start_id, watch):
   source = None
   if cfg.encoder_layers:
     source, rows = _source(rows), [(start_id,)] * len(rows)
-  request, lengths = _request(cfg, rows, nth, options)
-  plan = Plan(cfg, vocab_size, slots=bucket(int(request['end_B'].max()), 128), random=options.temperature > 0,
+  request, length_B = _request(cfg, rows, nth, options, vocab_size)
+  plan = Plan(cfg, slots=bucket(int(request['end_B'].max()), 128), random=options.temperature > 0,
               ranked=options.top_k > 0 or options.top_p < 1, penalised=options.repetition_penalty != 1)
-  state, token_B, live_B = prefill(plan, weights, request, _pad(rows), lengths, source)
+  state, token_B, live_B = prefill(plan, weights, request, _pad(rows), length_B, source)
   live_B = np.array(live_B)
   size = STREAM if watch else WHOLE
   if live_B.any():
@@ -198,16 +205,16 @@ def _extend(out, new_BC, live_B, watch) -> set[int]:
   return cut
 
 
-def _request(cfg, rows, nth, options):
+def _request(cfg, rows, nth, options, vocab_size):
   """What the programs need to know of each row, rows filled up to what the mesh divides; and the prompts' lengths."""
-  B = _rows(len(rows))
+  B = row_count(len(rows))
   length_B, end_B, nth_B = np.ones((3, B), np.int32)        # rows that only fill up have ended from the start
   length_B[:len(rows)] = [len(r) for r in rows]
   end_B[:len(rows)] = np.minimum(length_B[:len(rows)] + options.max_tokens, cfg.max_length)
   nth_B[:len(rows)] = nth
   stop_ids = list(options.stop_ids or ())
   return dict(
-      seed=np.uint32(options.seed & 0xffffffff), nth_B=nth_B, end_B=end_B,
+      vocab_size=np.int32(vocab_size), seed=np.uint32(options.seed & 0xffffffff), nth_B=nth_B, end_B=end_B,
       stop_ids=np.array(stop_ids + [-1] * (bucket(len(stop_ids), 4) - len(stop_ids)), np.int32),
       temperature_B=np.full(B, options.temperature, np.float32), top_k_B=np.full(B, options.top_k, np.int32),
       top_p_B=np.full(B, options.top_p, np.float32), min_p_B=np.full(B, options.min_p, np.float32),
@@ -221,13 +228,13 @@ def _source(rows):
 
 def _pad(rows):
   """int32 [B, bucket of the longest], zeros on the right and in the rows that only fill up."""
-  out = np.zeros((_rows(len(rows)), bucket(max(map(len, rows)), 16)), np.int32)
+  out = np.zeros((row_count(len(rows)), bucket(max(map(len, rows)), 16)), np.int32)
   for row, tokens in enumerate(rows):
     out[row, :len(tokens)] = tokens
   return out
 
 
-def _rows(n: int) -> int:
+def row_count(n: int) -> int:
   """n rounded up to what the mesh's batch axes divide."""
   mesh = jax.sharding.get_abstract_mesh()
   ways = 1 if mesh.empty else axis_size(mesh, ACT['B'])
@@ -244,7 +251,6 @@ def bucket(n: int, least: int) -> int:
 class Plan(typing.NamedTuple):
   """What is static of a request, beside shapes: one compiled program each."""
   cfg: config_lib.Model
-  vocab_size: int       # ids from here on are never sampled
   slots: int            # S of the cache
   random: bool          # some row has a temperature
   ranked: bool          # some row has top_k or top_p, which need the logits sorted
@@ -293,7 +299,7 @@ def prefill(plan: Plan, weights, request, token_BP, length_B, source=None):
     seen_BV = jnp.zeros((B, cfg.vocab_size), bool).at[jnp.arange(B)[:, None], token_BP].max(valid_BP)
   token_B = sample(plan, model.logits(x_BD[:, None])[:, 0], length_B, seen_BV, request)
   state = dict(cache=cache, memory=memory, seen_BV=seen_BV, token_B=token_B, position_B=length_B)
-  return state, everywhere(token_B), everywhere(going_on(token_B, length_B, request))
+  return placed(state), everywhere(token_B), everywhere(going_on(token_B, length_B, request))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
@@ -303,7 +309,7 @@ def decode(plan: Plan, size: int, weights, request, state, steps, live_B):
   state: dict(cache, memory, seen_BV or None, token_B, position_B): the newest tokens and their positions, which are not
   in the cache yet. Returns (state, token_BC int32 [B, size] with -1 where a row had ended, tokens made, live_B).
   """
-  cfg, (model, blocks) = plan.cfg, weights
+  model, blocks = weights
   rows = jnp.arange(live_B.shape[0])
 
   def more(carry):
@@ -325,13 +331,22 @@ def decode(plan: Plan, size: int, weights, request, state, steps, live_B):
 
   token_BC = jnp.full((live_B.shape[0], size), -1, jnp.int32)
   made, state, token_BC, live_B = jax.lax.while_loop(more, step, (0, state, token_BC, live_B))
-  return state, everywhere(token_BC), made, everywhere(live_B)
+  return placed(state), everywhere(token_BC), made, everywhere(live_B)
 
 
 def going_on(token_B, position_B, request):
   """bool [B]: rows whose newest token, at position_B, is not their last."""
   stops_B = (token_B[:, None] == request['stop_ids'][None]).any(1)
   return ~stops_B & (position_B + 1 < request['end_B'])
+
+
+def placed(state):
+  """The state where its letters put it, so that each dispatch finds it as the one before: one program, no copies."""
+  put = lambda x, dims: x if x is None else shard(x, dims)
+  return dict(
+      cache=[(put(k, 'BSKH'), put(v, 'BSKH')) for k, v in state['cache']],
+      memory=state['memory'] and (put(state['memory'][0], 'BSD'), put(state['memory'][1], 'BS')),
+      seen_BV=put(state['seen_BV'], 'BV'), token_B=put(state['token_B'], 'B'), position_B=put(state['position_B'], 'B'))
 
 
 def everywhere(x):
@@ -342,7 +357,7 @@ def everywhere(x):
 def sample(plan: Plan, logits_BV, position_B, seen_BV, request):
   """Token int32 [B] for position_B of each row; the key of a row is its seed, its number and this position."""
   V = logits_BV.shape[1]
-  logits_BV = jnp.where(jnp.arange(V)[None] < plan.vocab_size, logits_BV, -jnp.inf)
+  logits_BV = jnp.where(jnp.arange(V)[None] < request['vocab_size'], logits_BV, -jnp.inf)
   if seen_BV is not None:
     penalty_B1 = request['penalty_B'][:, None]
     logits_BV = jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1), logits_BV)

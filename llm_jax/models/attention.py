@@ -141,7 +141,8 @@ def unusable(kernel: str, cfg: config_lib.Model, platform: str, dtype: str, leng
     if cfg.attention == 'bidirectional' and any(cfg.windows):
       return 'its window needs causal attention'
     most = 256 if capability() >= 9 else 128
-    return '' if cfg.head_dim % 8 == 0 and cfg.head_dim <= most else f'head_dim {cfg.head_dim} is no multiple of 8 up to {most}'
+    fits = cfg.head_dim % 8 == 0 and cfg.head_dim <= most
+    return '' if fits else f'head_dim {cfg.head_dim} is no multiple of 8 up to {most}'
   if platform != 'tpu':
     return f'it needs a TPU, this is {platform}'
   if length % 128:
@@ -184,7 +185,7 @@ class Attention(nnx.Module):
     if cfg.qk_norm == 'full':
       self.norm_q, self.norm_k = layers.Norm(cfg, 'NH', N, H), layers.Norm(cfg, 'KH', K, H)
     if cfg.value_skips:
-      self.value_mix_K = nnx.Param(jnp.full(K, 0.5))
+      self.value_mix_K = nnx.Param(jnp.full(K, 0.5, jnp.float32))
 
   def keys_values(self, x_BSD, rope):
     """k_BSKH and v_BSKH of a sequence; rope is a table from layers.rope_table, or None."""

@@ -23,7 +23,7 @@ class Norm(nnx.Module):
     self.layer, self.eps, self.axes = cfg.norm == 'layer', cfg.norm_eps, tuple(range(-len(dims), 0))
     self.offset, self.scale, self.bias = float(cfg.norm_unit_offset), f'scale_{dims}', f'bias_{dims}'
     if cfg.norm_learned:
-      setattr(self, self.scale, nnx.Param(jnp.full(shape, 1.0 - self.offset)))
+      setattr(self, self.scale, nnx.Param(jnp.full(shape, 1.0 - self.offset, jnp.float32)))
     if cfg.norm_learned and cfg.norm_bias:
       setattr(self, self.bias, nnx.Param(jnp.zeros(shape)))
 

@@ -1,6 +1,6 @@
-"""Published model shapes, each as the fields of config.Model that differ from its defaults. `preset(name)` gives a whole
-`config.model` group: in a config file `config.model = preset('llama3_8b')`, on the command line
-`--config.model=llama3_8b`; single fields can then be overridden. Sources: the papers and the published config.json files.
+"""Published model shapes, each as the fields of config.Model that differ from its defaults. `preset(name)` gives a
+whole `config.model` group: in a config file `config.model = preset('llama3_8b')`, on the command line
+`--config.model=llama3_8b`; single fields can then be overridden. Sources: the papers and published config.json files.
 """
 import dataclasses
 
@@ -22,7 +22,8 @@ LLAMA3 = dict(LLAMA, vocab_size=128_256, max_length=8192, kv_heads=8, rope_base=
 SMOLLM = dict(LLAMA, vocab_size=49_152, tied_embeddings=True)
 # arXiv 2412.15115 (2.5) and arXiv 2505.09388 (3).
 QWEN25 = dict(mlp='swiglu', attention_bias=True, rope_base=1e6, max_length=32_768)
-QWEN3 = dict(mlp='swiglu', qk_norm='head', rope_base=1e6, max_length=40_960, vocab_size=151_936, head_dim=128, kv_heads=8)
+QWEN3 = dict(mlp='swiglu', qk_norm='head', rope_base=1e6, max_length=40_960, vocab_size=151_936, head_dim=128,
+             kv_heads=8)
 # arXiv 2408.00118 (2) and arXiv 2503.19786 (3).
 GEMMA = dict(norm_position='both', norm_unit_offset=True, mlp='geglu', embedding_scale=True, head_dim=256)
 GEMMA3 = dict(GEMMA, qk_norm='head', rope_base=1e6, rope_base_local=10_000.0)
@@ -39,7 +40,8 @@ PRESETS = {
     'gpt2_350m': dict(GPT2, layers=24, width=1024, heads=16),
     'gpt2_774m': dict(GPT2, layers=36, width=1280, heads=20),
     'gpt2_1558m': dict(GPT2, **DEEP, layers=48, width=1600, heads=25),
-    'llama2_7b': dict(LLAMA, **DEEP, layers=32, width=4096, heads=32, mlp_dim=11_008, vocab_size=32_000, max_length=4096),
+    'llama2_7b': dict(LLAMA, **DEEP, layers=32, width=4096, heads=32, mlp_dim=11_008, vocab_size=32_000,
+                      max_length=4096),
     'llama3_8b': dict(LLAMA3, **DEEP, layers=32, width=4096, heads=32, mlp_dim=14_336),
     'llama3_70b': dict(LLAMA3, **DEEP, layers=80, width=8192, heads=64, mlp_dim=28_672),
     'llama3_2_1b': dict(LLAMA3, **DEEP, layers=16, width=2048, heads=32, mlp_dim=8192, tied_embeddings=True,

@@ -1,8 +1,8 @@
 """The Transformer: one decoder (or encoder-decoder) whose every variation is a field of config.Model.
 
 Letters, in every tensor's name, every parameter's and every einsum: B batch, T query position, S key or source
-position, D model width, N query heads, K kv heads, G queries per kv head, H head dim, F mlp dim, V vocabulary, L layers.
-Layers of one position of the window pattern are stacked (`blocks0`, `blocks1`, ..., a leading L) and run by one scan;
+position, D model width, N query heads, K kv heads, G queries per kv head, H head dim, F mlp dim, V vocabulary,
+L layers. Layers of one position of the window pattern are stacked (`blocks0`, `blocks1`, ..., a leading L) and run by one scan;
 what the depth leaves over is a second stack (`tail0`, ...).
 """
 import dataclasses
@@ -162,8 +162,8 @@ class Transformer(nnx.Module):
     """
     cfg = self.cfg
     if (source_BS is not None) != bool(cfg.encoder_layers):
-      raise ConfigError(f'config.model.encoder_layers: {cfg.encoder_layers}; a source (source_BS) must be given exactly '
-                        f'where it is above 0, and was {"missing" if source_BS is None else "given"}')
+      raise ConfigError(f'config.model.encoder_layers: {cfg.encoder_layers}; a source (source_BS) must be given '
+                        f'exactly where it is above 0, and was {"missing" if source_BS is None else "given"}')
     memory_BSD = None if source_BS is None else self.encode(source_BS, source_segment_BS, key, kernel)
     x_BTD = self.embed(token_BT, position_BT, None if key is None else jax.random.fold_in(key, 2**31 - 1))
     view = View(cfg.attention, segment_BT=segment_BT, key_segment_BS=segment_BT, prefix_BS=prefix_BT)
@@ -188,8 +188,8 @@ class Transformer(nnx.Module):
     if position_BT is None:
       position_BT = jnp.arange(token_BT.shape[1])[None]
       if cfg.positions == 'learned' and token_BT.shape[1] > cfg.max_length:      # a lookup past the end would clamp
-        raise ConfigError(f'config.model.max_length: {token_BT.shape[1]} tokens are more than its {cfg.max_length} learned '
-                          'positions; give fewer')
+        raise ConfigError(f'config.model.max_length: {token_BT.shape[1]} tokens are more than its {cfg.max_length} '
+                          'learned positions; give fewer')
     if cfg.positions == 'learned':
       table_SD = shard(self.position_embed_SD[...].astype(dtype), 'SD', {})
       x_BTD = x_BTD + table_SD[position_BT]
@@ -247,7 +247,7 @@ class Transformer(nnx.Module):
         continue
       repeats = group[0][2]
 
-      def body(carry, xs, size=len(group)):
+      def body(carry, xs, size=len(group)):   # noqa: B008  bound now, not at the next group
         blocks, layer = xs
         for i in range(size):
           carry = carry_through(blocks[i], *carry, context, layer + i)

@@ -109,6 +109,7 @@ class Run:
     if self.model.vocab_size < self.tokenizer.vocab_size:
       raise ConfigError(f'config.model.vocab_size: {self.model.vocab_size} is smaller than the tokenizer\'s '
                         f'{self.tokenizer.vocab_size}')
+    self.check_prompts()
     dtype = attention.compute_dtype(self.model.dtype)
     self.kernel, self.kernel_reason = attention.choose(
         self.model, jax.default_backend(), dtype, cfg.data.length, cfg.data.packing == 'pack')
@@ -140,6 +141,20 @@ class Run:
         self.start_from(cfg.init_from)
     self.first_step = int(self.state['step'])
     self.compile()
+
+  def check_prompts(self) -> None:
+    """Raises ConfigError for prompts that this model could not continue, before it is trained."""
+    cfg = self.cfg.eval
+    if self.model.attention == 'bidirectional':
+      return
+    try:
+      rows = sampling.encode(self.model, self.tokenizer, [*cfg.prompts, *('',) * cfg.samples])
+    except ConfigError as e:
+      raise ConfigError(f'config.eval.prompts and eval.samples (empty prompts): {e}') from e
+    longest = max(map(len, rows), default=0)
+    if longest >= self.model.max_length:
+      raise ConfigError(f'config.eval.prompts: one has {longest} tokens, the model reads {self.model.max_length} '
+                        '(data.length); shorten it')
 
   def make_tokenizer(self):
     """The run's own tokenizer where it has one, or that of the run it starts from: what a model was trained with never

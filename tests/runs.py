@@ -1,0 +1,69 @@
+"""Whole training runs for the tests: real files, a tiny model, in this process or in one of its own."""
+import os
+import pathlib
+import random
+import subprocess
+import sys
+
+import jax
+
+from llm_jax import checkpoint, main
+from llm_jax.train import metrics
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+KEYS = {      # of configs/base.py, for a run of seconds
+    'data.source': 'text', 'data.length': 32, 'data.valid_fraction': 0.2, 'tokenizer.kind': 'byte',
+    'model.layers': 2, 'model.width': 32, 'model.heads': 2, 'model.embedding_init': 0.02, 'model.unroll': 'False',
+    'train.minutes': 0, 'train.steps': 10, 'train.batch_size': 8,
+    'optimizer.name': 'adamw', 'optimizer.schedule': 'cosine', 'optimizer.warmup_steps': 2,
+    'optimizer.learning_rate': 1e-2, 'checkpoint.every': 0, 'eval.every': 0, 'eval.batches': 4, 'eval.prompts': '()',
+    'eval.samples': 0, 'eval.python': 'False', 'eval.max_tokens': 8, 'log.every': 1, 'log.tensorboard': 'False',
+    'log.compile_cache': 'False'}
+
+
+def flags(folder: pathlib.Path, **keys) -> list[str]:
+  """The command line of a run in folder/run on the texts in folder/data; keys as train__steps=20 or workdir='x'."""
+  workdir = keys.pop('workdir', 'run')
+  changed = {key.replace('__', '.'): value for key, value in keys.items()}
+  values = {'data.path': folder / 'data', 'data.cache_dir': folder / 'cache', **KEYS, **changed}
+  return [f'--config={ROOT / "configs" / "base.py"}', f'--workdir={folder / workdir}',
+          *(f'--config.{key}={value}' for key, value in values.items())]
+
+
+def train(folder: pathlib.Path, **keys) -> dict:
+  """Trains in this process; returns the report's figures."""
+  from llm_jax.train import loop
+  config, workdir, _ = main.parse(flags(folder, **keys))
+  return loop.train(config, workdir)
+
+
+def start(args: list[str], cwd=None, devices=1, **options) -> subprocess.Popen:
+  """`python -m llm_jax.main` with these arguments, in a process of its own."""
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': '1',
+         'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0'}
+  env.pop('JAX_NUMPY_RANK_PROMOTION', None)
+  return subprocess.Popen([sys.executable, '-m', 'llm_jax.main', *args], cwd=cwd or ROOT, env=env, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def write_texts(folder: pathlib.Path, documents=24, lines=12) -> None:
+  """Files of an easy language in folder/data."""
+  rng = random.Random(0)
+  (folder / 'data').mkdir(parents=True, exist_ok=True)
+  nouns, verbs = ('the cat', 'a dog', 'the old man', 'my house'), ('sees', 'likes', 'finds')
+  for i in range(documents):
+    text = ''.join(f'{rng.choice(nouns)} {rng.choice(verbs)} {rng.choice(nouns)}.\n' for _ in range(lines + i % 5))
+    (folder / 'data' / f'{i:02}.txt').write_text(text)
+
+
+def state_bits(workdir: pathlib.Path, step: int | None = None) -> dict[str, bytes]:
+  """{path: dtype and bytes} of every array of a checkpoint."""
+  leaves = jax.tree_util.tree_leaves_with_path(checkpoint.restore(workdir, step))
+  return {jax.tree_util.keystr(path): (str(x.dtype), jax.device_get(x).tobytes()) for path, x in leaves}
+
+
+def curve(workdir: pathlib.Path, *keys) -> list:
+  """(step, key, value) of every row of metrics.jsonl, without what depends on time."""
+  rows = metrics.read_jsonl(workdir / 'metrics.jsonl')
+  return [(row['step'], key, value) for row in rows for key, value in row.items()
+          if not key.startswith('perf/') and key not in ('step', 'time') and (not keys or key in keys)]
