@@ -20,7 +20,7 @@ def get_config():
   config = ConfigDict()
   config.model = ConfigDict(dict(
       vocab_size=0,                     # V; 0: what the tokenizer has, rounded up to a multiple of 64
-      layers=6,                         # L
+      layers=4,                         # L
       width=192,                        # D
       heads=3,                          # N
       kv_heads=0,                       # K; 0: as many as heads (multi-head); 1: multi-query
@@ -78,7 +78,7 @@ def get_config():
       field='text',                     # the text's key in jsonl, parquet, arrayrecord and tfds records
       mixture=(),                       # of dict(source=, path=, field=, weight=), for source='mixture'
       temperature=1.0,                  # mixture weights ** (1 / temperature)
-      length=512,                       # T: tokens per sequence
+      length=256,                       # T: tokens per sequence
       packing='concat',                 # concat (one stream, as GPT) | pack (documents kept apart by segment ids)
       valid='hash',                     # hash (a fixed share of documents) | tail (the last share of the text) | given
       valid_fraction=0.05,              # hash and tail
@@ -98,8 +98,8 @@ def get_config():
 
   config.train = ConfigDict(dict(
       steps=0,                          # 0: as many as fit in `minutes`
-      minutes=4.5,                      # > 0: wall-clock budget of the training loop (steps then cap it)
-      batch_size=16,                    # B: sequences per step, over all devices
+      minutes=4.0,                      # > 0: wall-clock budget of the training loop (steps then cap it)
+      batch_size=8,                     # B: sequences per step, over all devices
       accumulate=1,                     # microbatches per step
       accumulate_dtype='float32',       # float32 | bfloat16: in which microbatches' gradients are summed
       seed=0,                           # of the parameters, the order of the data and dropout
@@ -138,13 +138,13 @@ def get_config():
   ))
 
   config.checkpoint = ConfigDict(dict(
-      every=1000,                       # steps; 0: only at the end
+      every=400,                        # steps; 0: only at the end
       keep=2,                           # newest steps kept
       resume=True,                      # go on from the newest step in workdir
   ))
 
   config.eval = ConfigDict(dict(
-      every=500,                        # steps; 0: only at the end
+      every=200,                        # steps; 0: only at the end
       batches=8,                        # batches per periodic evaluation; the last evaluation uses all held-out text
       batch_size=0,                     # 0: train.batch_size
       prompts=('def ', 'import ', 'class '),  # continued at every evaluation and in the report
@@ -156,7 +156,7 @@ def get_config():
   ))
 
   config.log = ConfigDict(dict(
-      every=50,                         # steps per console line
+      every=20,                         # steps per console line
       tensorboard=True,                 # event files in WORKDIR/tensorboard
       progress='auto',                  # auto (rich on a terminal, lines elsewhere) | rich | lines
       profile='',                       # 'first:last' steps to trace with jax.profiler

@@ -2,8 +2,8 @@
 
 Letters, in every tensor's name, every parameter's and every einsum: B batch, T query position, S key or source
 position, D model width, N query heads, K kv heads, G queries per kv head, H head dim, F mlp dim, V vocabulary,
-L layers. Layers of one position of the window pattern are stacked (`blocks0`, `blocks1`, ..., a leading L) and run by one scan;
-what the depth leaves over is a second stack (`tail0`, ...).
+L layers. Layers of one position of the window pattern are stacked (`blocks0`, `blocks1`, ..., a leading L) and run by
+one scan; what the depth leaves over is a second stack (`tail0`, ...).
 """
 import dataclasses
 import functools

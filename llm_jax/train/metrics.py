@@ -282,7 +282,7 @@ COLUMNS = (   # of the console line: those present are shown; every key goes to 
 class Logger:
   """Writes what the loop measures; only process 0 does. tokens_per_step: B x T, padding included. flops_per_token: of
   MFU_CONVENTION. peak: FLOP/s of all devices. resumed_step: rows after it are dropped, so that the curve is that of an
-  uninterrupted run; 0 starts afresh. total_steps may be set later. Call close() also after an error."""
+  uninterrupted run; 0 starts afresh. total_steps: 0 while unknown; may be set later. Call close() also after an error."""
 
   def __init__(self, workdir, log: config_lib.Log, total_steps: int, *, clock: Clock, tokens_per_step: int = 0,
                flops_per_token: float = 0.0, peak: float = 0.0, resumed_step: int = 0):
@@ -325,7 +325,8 @@ class Logger:
     cells = [form.format(row[name]) for name, form in COLUMNS if name in row]
     if 'perf/eta_s' in row:
       cells.append(f'ETA {duration(row["perf/eta_s"])}')
-    self._print(' | '.join([f'step {step:{len(str(self.total_steps))}}/{self.total_steps}', *cells]))
+    total = self.total_steps or '?'
+    self._print(' | '.join([f'step {step:{len(str(total))}}/{total}', *cells]))
     if self._progress:
       note = cells[-1] if 'perf/eta_s' in row else self._progress.tasks[0].fields['note']
       self._progress.update(self._task, completed=step, total=self.total_steps or None, note=note)
@@ -342,6 +343,8 @@ class Logger:
     pace = (now[3] - self._first[3]) / (now[0] - self._first[0])
     out = {'perf/tokens_per_second': rate, 'perf/input_wait': (now[2] - last[2]) / (now[1] - last[1]),
            'perf/memory_gb': memory_gb(), 'perf/eta_s': max(0, self.total_steps - step) * pace}
+    if not self.total_steps:
+      del out['perf/eta_s']              # a budget in minutes that is no number of steps yet
     return out | ({'perf/mfu': mfu(rate, self.flops_per_token, self.peak)} if self.peak else {})
 
   def text(self, step: int, title: str, text: str):
