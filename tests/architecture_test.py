@@ -70,7 +70,8 @@ def test_models_know_nothing_of_training():
   for name, tree in MODULES.items():
     if part(name) == 'models':
       assert {part(other) for other in imports(tree)} <= {'models', 'sharding', 'config'}
-      used = {alias.name.partition('.')[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+      used = {alias.name.partition('.')[0] for node in ast.walk(tree) if isinstance(node, ast.Import)
+              for alias in node.names}
       used |= {node.module.partition('.')[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
       assert not used & {'optax', 'orbax', 'grain', 'tensorflow_datasets'}, name
 

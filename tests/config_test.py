@@ -98,7 +98,8 @@ def test_whole_numbers_are_floats_where_a_float_is_meant():
 
 
 @given(st.fixed_dictionaries(dict(
-    layers=st.integers(1, 200), heads=st.sampled_from([1, 2, 4]), windows=st.lists(st.integers(0, 9), min_size=1).map(tuple),
+    layers=st.integers(1, 200), heads=st.sampled_from([1, 2, 4]),
+    windows=st.lists(st.integers(0, 9), min_size=1).map(tuple),
     rope_base=st.floats(1, 1e9), tied_embeddings=st.booleans(), mlp=st.sampled_from(CHOICES['model.mlp']))),
     st.lists(st.builds(Source, source=st.sampled_from(['text', 'jsonl']), path=st.text(), weight=st.floats(0.1, 9)),
              max_size=2).map(tuple), st.text(), st.lists(st.text(), max_size=3).map(tuple))
@@ -213,7 +214,8 @@ def test_errors_become_one_line_and_status_2(error, capsys):
         raise error
     assert e.value.code == 2
     err = capsys.readouterr().err
-    assert err.splitlines()[-1].startswith('error: ' + ('config.x: two lines' if 'config' in str(error) else 'a.txt: No'))
+    expected = 'config.x: two lines' if 'config' in str(error) else 'a.txt: No'
+    assert err.splitlines()[-1].startswith('error: ' + expected)
     assert ('Traceback' in err) == debug and (debug or err.count('\n') == 1)
 
 

@@ -1,5 +1,5 @@
 """The Transformer once more, in float64 NumPy: one row, one document, one head at a time, by the published formulas.
-It shares no code with llm_jax and knows no batches, segments, caches, scans or meshes, so that agreement means something."""
+It shares no code with llm_jax and knows no batches, segments, caches, scans or meshes, so agreement means something."""
 import math
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Every family against the reference in float64; scan, remat, packing, decoding and meshes against the plain forward."""
+"""Every family against the float64 reference; scan, remat, packing, decoding, meshes against the plain forward."""
 import dataclasses
 import functools
 import math
@@ -86,7 +86,8 @@ def test_encoder_decoder_is_the_reference(fields):
     dict(), dict(rope_fraction=0.25), dict(rope_scaling='linear', rope_factor=8.0),
     dict(rope_scaling='llama3', rope_factor=8.0, rope_original_length=8192),
     dict(rope_scaling='yarn', rope_factor=4.0, rope_original_length=32_768),
-    dict(rope_scaling='yarn', rope_factor=16.0, rope_original_length=4096, rope_attention_factor=1.0, rope_fraction=0.5),
+    dict(rope_scaling='yarn', rope_factor=16.0, rope_original_length=4096, rope_attention_factor=1.0,
+         rope_fraction=0.5),
 ])
 def test_rope_scalings_at_real_sizes(fields):
   cfg = model(heads=2, head_dim=128, rope_base=500_000.0, **fields)
@@ -98,7 +99,7 @@ def test_rope_scalings_at_real_sizes(fields):
 
 
 def test_rope_scaling_ends_are_the_papers():
-  """Fast pairs are kept, slow pairs divided by the factor, whatever lies between; YaRN's temperature is 0.1 ln s + 1."""
+  """Fast pairs are kept, slow pairs divided by the factor, others in between; YaRN's temperature is 0.1 ln s + 1."""
   for scaling in ('llama3', 'yarn'):
     cfg = model(head_dim=128, rope_base=500_000.0, rope_scaling=scaling, rope_factor=8.0, rope_original_length=8192)
     plain = 500_000.0 ** (-np.arange(64) / 64)
@@ -109,7 +110,8 @@ def test_rope_scaling_ends_are_the_papers():
 
 # One forward, several ways to run it --------------------------------------------------------------------------------
 
-DEEP = model(layers=4, windows=(3, 0), value_skips=True, embedding_skips=True, dropout=0.2, unroll=True, logit_softcap=5.0)
+DEEP = model(layers=4, windows=(3, 0), value_skips=True, embedding_skips=True, dropout=0.2, unroll=True,
+             logit_softcap=5.0)
 
 
 def loss_and_grads(cfg, values, token_BT, key, jit=quick_jit):
@@ -148,7 +150,7 @@ def test_remat_computes_again_what_it_does_not_keep():
     cfg = model(layers=2, remat=remat)
     run = lambda p: transformer.bind(cfg, p)(tokens(1, 2, 8)).sum()
     return str(jax.make_jaxpr(jax.grad(run))(shapes(cfg))).count('dot_general')
-  assert products('full') > products('dots') > products('none')      # dots: only attention, whose products have batch axes
+  assert products('full') > products('dots') > products('none')   # dots: only attention, with its batch axes
 
 
 def test_layers_one_by_one_are_the_scan():
@@ -227,7 +229,8 @@ def test_dropout_needs_a_key_and_keeps_the_mean():
 
 
 def test_initial_values():
-  cfg = model(layers=2, width=128, heads=2, head_dim=64, mlp_dim=512, vocab_size=1000, tied_embeddings=False, zero_init=True,
+  cfg = model(layers=2, width=128, heads=2, head_dim=64, mlp_dim=512, vocab_size=1000, tied_embeddings=False,
+              zero_init=True,
               norm_unit_offset=True, value_skips=True, embedding_skips=True, attention_bias=True)
   values = quick_jit(lambda: transformer.init(cfg, jax.random.key(0)))()
   block = values['blocks0']

@@ -241,7 +241,8 @@ class Run:
     cfg, step = self.cfg, self.first_step
     horizon = self.provisional_horizon(step)
     self.logger = metrics_lib.Logger(
-        self.workdir, cfg.log, horizon % UNKNOWN, clock=self.clock, tokens_per_step=cfg.train.batch_size * cfg.data.length,
+        self.workdir, cfg.log, horizon % UNKNOWN, clock=self.clock,
+        tokens_per_step=cfg.train.batch_size * cfg.data.length,
         flops_per_token=metrics_lib.flops_per_token(self.model, cfg.data.length)['causal'],
         peak=metrics_lib.peak_flops().flops * jax.device_count(), resumed_step=step)
     self.cleanup.callback(self.logger.close)

@@ -282,7 +282,7 @@ COLUMNS = (   # of the console line: those present are shown; every key goes to 
 class Logger:
   """Writes what the loop measures; only process 0 does. tokens_per_step: B x T, padding included. flops_per_token: of
   MFU_CONVENTION. peak: FLOP/s of all devices. resumed_step: rows after it are dropped, so that the curve is that of an
-  uninterrupted run; 0 starts afresh. total_steps: 0 while unknown; may be set later. Call close() also after an error."""
+  uninterrupted run; 0 starts afresh. total_steps: 0 while unknown, set later. Call close() also after an error."""
 
   def __init__(self, workdir, log: config_lib.Log, total_steps: int, *, clock: Clock, tokens_per_step: int = 0,
                flops_per_token: float = 0.0, peak: float = 0.0, resumed_step: int = 0):
