@@ -3,7 +3,8 @@
   python -m llm_jax.main --config=configs/base.py
 
 Data: the source of the Python standard library, already on every machine. Trains its own tokenizer first.
-Hardware: 2 CPU cores, HEADERTIME. --config.train.minutes=30 goes on to learn more.
+Hardware: made for 2 CPU cores; trains for 4 minutes of wall clock, --config.train.minutes=30 learns more. The final
+loss on a quiet machine is still to be measured (docs/benchmarks.md).
 
 Every key is here once, with its comment. Other config files start from base.get_config() and set only what differs.
 `--config.group.key=value` overrides a key on the command line. A published shape replaces the whole model group: in a

@@ -201,7 +201,7 @@ def test_cudnn_never_drops_a_mask():
 
 
 def test_cudnn_lowers_for_a_gpu(monkeypatch):
-  """Lowered here for CUDA, as if cuDNN were installed: its flash attention, causal, with the window's 32 newest keys."""
+  """Lowered for CUDA as if cuDNN were installed: its flash attention, causal, with a window of the 32 newest keys."""
   monkeypatch.setattr('jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version', lambda: 91_000, raising=False)
 
   def loss(q, k, v):
