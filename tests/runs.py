@@ -14,6 +14,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 KEYS = {      # of configs/base.py, for a run of seconds
     'data.source': 'text', 'data.length': 32, 'data.valid_fraction': 0.2, 'tokenizer.kind': 'byte',
     'model.layers': 2, 'model.width': 32, 'model.heads': 2, 'model.embedding_init': 0.02, 'model.unroll': 'False',
+    'model.qk_norm': 'none', 'model.tied_embeddings': 'True', 'model.embedding_skips': 'False',
+    'model.value_skips': 'False', 'model.logit_softcap': 0.0, 'model.zero_init': 'False',
     'train.minutes': 0, 'train.steps': 10, 'train.batch_size': 8,
     'optimizer.name': 'adamw', 'optimizer.schedule': 'cosine', 'optimizer.warmup_steps': 2,
     'optimizer.learning_rate': 1e-2, 'checkpoint.every': 0, 'eval.every': 0, 'eval.batches': 4, 'eval.prompts': '()',
