@@ -24,8 +24,8 @@ def tokenizer(cfg: config_lib.Config):
                     [[s.field, s.weight, sources.signature(s)] for s in origins]])
   folder = store.cache_folder(cfg.data) / 'tokenizers' / hashlib.sha256(key.encode()).hexdigest()[:20]
   if not folder.exists():
+    folder.parent.mkdir(parents=True, exist_ok=True)      # first: where it cannot be made, that is known at once
     made = tokenizer_lib.build(cfg.tokenizer, texts(cfg, origins))
-    folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = pathlib.Path(tempfile.mkdtemp(dir=folder.parent))
     made.save(temporary)
     try:
