@@ -1,4 +1,4 @@
-"""Bad input: one line that names the flag, key or file and the nearest right one, status 2, no traceback, nothing made."""
+"""Bad input: one line that names the flag, key or file and the nearest right one; exit status 2; nothing is made."""
 import pathlib
 import subprocess
 import sys
