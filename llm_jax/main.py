@@ -51,10 +51,14 @@ def main(args: list[str]) -> None:
   if '--help' in args or '-h' in args:
     print(__doc__)
     return
-  with config_lib.one_line_errors('--debug' in args):
-    config, workdir, _ = parse(args)
-    from llm_jax.train import loop
-    loop.train(config, workdir, START)
+  try:
+    with config_lib.one_line_errors('--debug' in args):
+      config, workdir, _ = parse(args)
+      from llm_jax.train import loop
+      loop.train(config, workdir, START)
+  except KeyboardInterrupt:
+    print('interrupted; the same command goes on from the newest checkpoint', file=sys.stderr)
+    raise SystemExit(130) from None
 
 
 if __name__ == '__main__':

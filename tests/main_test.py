@@ -28,6 +28,12 @@ BASE = f'--config={ROOT}/configs/base.py'
     ([BASE, '--config.mesh.tensor=3'], 'config.mesh'),
     ([BASE, '--config.mesh.context=2'], 'config.mesh.context'),
     ([BASE, '--config.train.batch_size=4'], 'config.train.batch_size: 4 rows do not divide among 8'),
+    ([BASE, '--config.data.source=text', '--config.data.path=nowhere.txt', '--config.tokenizer.kind=byte'],
+     "config.data.path: no file, folder or glob 'nowhere.txt'"),
+    ([BASE, '--config.data.source=text', '--config.data.path=nowhere.txt'], "'nowhere.txt'"),
+    ([BASE, '--config.init_from=nowhere'], 'nowhere: no such directory'),
+    ([BASE, '--config.tokenizer.kind=hf', '--config.tokenizer.path=tokenizer.json'], 'config.tokenizer.path: no file'),
+    ([BASE, '--config.data.cache_dir=/dev/null'], '/dev/null'),
 ])
 def test_one_line_that_names_it(args, expected, tmp_path, capsys, monkeypatch):
   monkeypatch.chdir(tmp_path)
@@ -44,6 +50,29 @@ def test_a_broken_config_file_is_named(tmp_path, capsys):
   with pytest.raises(SystemExit):
     main.main([f'--config={tmp_path}/broken.py'])
   assert 'broken.py failed: SyntaxError' in capsys.readouterr().err
+
+
+def test_a_workdir_that_cannot_be_made_is_named_and_a_file_in_its_place_is_kept(tmp_path, capsys):
+  (tmp_path / 'file').write_text('precious')
+  for workdir in ('file', 'file/run'):
+    with pytest.raises(SystemExit) as stopped:
+      main.main([BASE, f'--workdir={tmp_path}/{workdir}'])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert len(err.splitlines()) == 1 and f'{tmp_path}/{workdir}' in err
+  assert (tmp_path / 'file').read_text() == 'precious'
+
+
+def test_a_second_interrupt_is_one_line_too(capsys, monkeypatch):
+  from llm_jax.train import loop
+
+  def interrupted(*_):
+    raise KeyboardInterrupt
+  monkeypatch.setattr(loop, 'train', interrupted)
+  with pytest.raises(SystemExit) as stopped:
+    main.main([BASE])
+  assert stopped.value.code == 130
+  assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_a_real_process_exits_2_with_one_line_and_debug_shows_where():

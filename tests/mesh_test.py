@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import quick_jit
+import tiny
 
 from llm_jax import config as config_lib
 from llm_jax import sharding
 from llm_jax.train import optimizer as optimizer_lib
 from llm_jax.train import step as step_lib
 
-B, T, V, STEPS = 16, 16, 128, 20
+B, T, V, STEPS = 32, 16, 128, 20
 FAST = {'learning_rate': 1e-2, 'schedule': 'constant', 'warmup_steps': 0}
 # Sizes that leave more than one of B, T, N, K, F and V on each device of every mesh below.
 MODEL = dict(vocab_size=V, layers=2, width=32, heads=8, kv_heads=8, head_dim=4, mlp_dim=64, dropout=0.1, mlp='swiglu')
@@ -40,44 +40,38 @@ def batch_of(step):
   return dict(token_BT=token[:, :-1].copy(), target_BT=token[:, 1:].copy(), mask_BT=mask)
 
 
-KEEP = optax.GradientTransformation(      # keeps the gradients, to the last bit, and changes nothing
-    lambda params: jax.tree.map(jnp.zeros_like, params),
-    lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), grads))
+KEEP = optax.GradientTransformation(      # passes gradients on, and keeps them, to the last bit
+    lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, state, params=None: (grads, grads))
 
 
-def run(cfg, mesh=None, steps=STEPS, tx=None):
-  """(final state, its shardings, loss curve) on a mesh, or on one device."""
+def run(cfg, mesh=None):
+  """(final state, its shardings, loss curve, gradients of the first step) on a mesh, or on one device."""
   model = config_lib.derive(cfg.model, V, T)
   devices = None if mesh is not None else jax.devices()[:1]
   mesh = sharding.make_mesh(config_lib.Mesh(**mesh or {}), devices)
+  tx = optax.chain(KEEP, optimizer_lib.make(cfg.optimizer, tiny.shapes(model)))
+  key = jax.random.key(0)
   init = lambda key: step_lib.init_state(cfg, model, tx, key)
-  tx = tx or optimizer_lib.make(cfg.optimizer, jax.eval_shape(
-      lambda: step_lib.transformer.init(model, jax.random.key(0))))
   with jax.set_mesh(mesh), jax.default_matmul_precision('highest'):
-    shardings = step_lib.state_shardings(jax.eval_shape(init, jax.random.key(0)), tx, mesh)
-    state = jax.device_put(initial(cfg, model, tx), shardings)
+    shardings = step_lib.state_shardings(jax.eval_shape(init, key), tx, mesh)
+    state = tiny.quick_jit(init, out_shardings=shardings)(key)
     batch = sharding.put_batch(batch_of(0), mesh)
-    for name, x in batch.items():         # the point of the sizes above
-      assert min(x.addressable_shards[0].data.shape) > 1, name
-    train_step = quick_jit(step_lib.make_train_step(cfg, model, tx, 'xla'), donate_argnums=0,
-                           out_shardings=(shardings, None)).lower(state, batch).compile()
+    for name, x in batch.items():         # the point of the sizes above: more than one of each on a device
+      assert min(x.addressable_shards[0].data.shape) // cfg.train.accumulate > 1, name
+    train_step = tiny.quick_jit(step_lib.make_train_step(cfg, model, tx, 'xla'), donate_argnums=0,
+                                out_shardings=(shardings, None)).lower(state, batch).compile()
     losses = []
-    for step in range(steps):
+    for step in range(STEPS):
       state, metrics = train_step(state, sharding.put_batch(batch_of(step), mesh))
       losses.append(float(metrics['loss/train']))
-  return state, shardings, np.array(losses)
+      if step == 0:
+        gradients = {name: np.array(x) for name, x in leaves(state['opt_state'][0]).items()}
+  return state, shardings, np.array(losses), gradients
 
 
 @functools.cache
-def initial(cfg, model, tx):
-  """The same parameters for every mesh, as arrays of NumPy; drawing them is the same on all, by JAX's own promise."""
-  state = quick_jit(lambda key: step_lib.init_state(cfg, model, tx, key))(jax.random.key(0))
-  return jax.tree.map(np.asarray, state)
-
-
-@functools.cache
-def one_device(cfg, steps=STEPS, tx=None):
-  return run(cfg, steps=steps, tx=tx)
+def one_device(cfg):
+  return run(cfg)
 
 
 def leaves(tree):
@@ -85,19 +79,26 @@ def leaves(tree):
           for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def assert_same_curve(cfg, mesh):
-  _, _, wanted = one_device(cfg)
-  assert wanted[-1] < 0.8 * wanted[0]       # a flat curve would prove nothing
-  state, shardings, got = run(cfg, mesh)
-  np.testing.assert_allclose(got, wanted, rtol=1e-5)
+def assert_same(cfg, mesh):
+  """Loss curve to 1e-5, gradients of the first step per leaf to 1e-5 of their norm; returns state and shardings."""
+  _, _, losses, gradients = one_device(cfg)
+  assert losses[-1] < 0.8 * losses[0]       # a flat curve would prove nothing
+  state, shardings, got_losses, got_gradients = run(cfg, mesh)
+  assert got_gradients.keys() == gradients.keys()
+  norms = {name: np.linalg.norm(g) for name, g in gradients.items()}
+  noise = 1e-6 * max(norms.values())        # some are zero but for rounding: e.g. the bias of keys
+  assert sum(norm > noise for norm in norms.values()) > 0.8 * len(norms)
+  for name, g in gradients.items():
+    most = 1e-5 * norms[name] if norms[name] > noise else noise
+    assert np.linalg.norm(got_gradients[name] - g) <= most, name
+  np.testing.assert_allclose(got_losses, losses, rtol=1e-5)
   return state, shardings
 
 
 @pytest.mark.parametrize('mesh', MESHES, ids=str)
-def test_loss_curve_of_20_steps_equals_one_device(mesh, capfd):
+def test_gradients_and_20_steps_equal_one_device(mesh, capfd):
   """With dropout and accumulation on: masks follow global positions, microbatches stay on their devices."""
-  ways = mesh.get('data', 1) * mesh['fsdp'] if 'fsdp' in mesh else 1
-  state, shardings = assert_same_curve(config(train=dict(accumulate=2, ema=0.9) if ways < 8 else ()), mesh)
+  state, shardings = assert_same(config(train=dict(accumulate=2, ema=0.9)), mesh)
   assert 'rematerialization' not in capfd.readouterr().err
   for x, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(shardings)):
     assert x.sharding.is_equivalent_to(wanted, x.ndim)
@@ -109,18 +110,6 @@ def test_loss_curve_of_20_steps_equals_one_device(mesh, capfd):
   matrices = [x for x in params.values() if x.ndim > 2]
   whole = [x for x in matrices if x.addressable_shards[0].data.size == x.size]
   assert not whole or mesh == DATA8
-
-
-@pytest.mark.parametrize('mesh', MESHES, ids=str)
-def test_gradients_of_the_first_step_equal_one_device(mesh):
-  cfg = config()
-  wanted = leaves(one_device(cfg, 1, KEEP)[0]['opt_state'])
-  got = leaves(run(cfg, mesh, 1, KEEP)[0]['opt_state'])
-  assert got.keys() == wanted.keys()
-  for name, g in wanted.items():
-    norm = np.linalg.norm(np.asarray(g))
-    assert norm > 0, name
-    assert np.linalg.norm(np.asarray(got[name]) - np.asarray(g)) <= 1e-5 * norm, name
 
 
 VARIANTS = {
@@ -141,5 +130,5 @@ VARIANTS = {
 @pytest.mark.parametrize('mesh', [CUBE, FSDP2_TENSOR4], ids=str)
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_variants_equal_one_device(variant, mesh, capfd):
-  assert_same_curve(config(**VARIANTS[variant]), mesh)
+  assert_same(config(**VARIANTS[variant]), mesh)
   assert 'rematerialization' not in capfd.readouterr().err

@@ -15,7 +15,7 @@ from llm_jax.data import tokenizer as tokenizer_lib
 
 CONFIG = config_lib.Config(model=config_lib.Model(layers=1, width=32, heads=4),
                            data=config_lib.Data(source='text', path='corpus', length=48),
-                           tokenizer=config_lib.Tokenizer(kind='char'))
+                           tokenizer=config_lib.Tokenizer(kind='char'), log=config_lib.Log(compile_cache=False))
 ALPHABET = '\n\x1b\x9b\rabcdefghé€字'
 
 
@@ -90,14 +90,15 @@ def test_errors_are_one_line_with_status_2(run, capsys, tmp_path):
   assert '--stream: expected one prompt' in failure(capsys, run, '--prompt=a', '--n=2', '--stream')
 
 
-def command(*args):
-  return [sys.executable, '-m', 'llm_jax.sample', *args]
+def start(*args, **pipes):
+  env = dict(os.environ, XLA_FLAGS='--xla_backend_optimization_level=0')     # compiling is what it spends
+  return subprocess.Popen([sys.executable, '-m', 'llm_jax.sample', *args], env=env, **pipes)
 
 
 def test_a_terminal_is_shown_no_control_characters(run):
   ours, theirs = pty.openpty()
-  process = subprocess.Popen(command(run, '--prompt=\x1babc', '--max_tokens=40',
-                                     '--temperature=9', '--top_p=1'), stdout=theirs, stderr=subprocess.PIPE)
+  process = start(run, '--prompt=\x1babc', '--max_tokens=40', '--temperature=9', '--top_p=1', stdout=theirs,
+                  stderr=subprocess.PIPE)
   os.close(theirs)
   shown = b''
   while True:
@@ -117,7 +118,7 @@ def test_what_is_no_terminal_gets_the_text_as_it_is(run, capsys):
 
 
 def test_a_pipe_may_close_early(run):
-  process = subprocess.Popen(command(run, '--prompt=abc'), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  process = start(run, '--prompt=abc', stdout=subprocess.PIPE, stderr=subprocess.PIPE)
   process.stdout.close()
   _, err = process.communicate()
   assert process.returncode == 0 and err == b''

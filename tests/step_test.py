@@ -148,7 +148,8 @@ def test_chunked_loss_changes_nothing():
 DROPOUT = dict(dropout=0.2, layers=3)
 
 
-@pytest.mark.parametrize('changes', [dict(unroll=True), dict(remat='full'), dict(remat='dots', unroll=True)], ids=str)
+@pytest.mark.parametrize('changes', [dict(unroll=True), dict(remat='full'), pytest.param(
+    dict(remat='dots', unroll=True), marks=pytest.mark.slow)], ids=str)
 def test_remat_and_unroll_change_nothing(changes):
   """With dropout on: what is computed again has the same masks."""
   wanted, first = gradients(config(model=DROPOUT), batch_of())
