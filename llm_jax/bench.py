@@ -37,10 +37,8 @@ class Ours:
     import jax
 
     from llm_jax.models import attention, transformer
-    from llm_jax.train import host
     from llm_jax.train import optimizer as optimizer_lib
     from llm_jax.train import step as step_lib
-    host.keep_freed_memory()
     model = model_of(flags)
     cfg = config_lib.Config(model=model, optimizer=optimizer_of(), train=config_lib.Train(batch_size=flags.batch))
     kernel, self.note = attention.choose(model, jax.default_backend(), attention.compute_dtype(model.dtype),

@@ -16,7 +16,7 @@ from llm_jax.config import ConfigError
 from llm_jax.models import layers
 from llm_jax.sharding import ACT, shard, spec
 
-BLOCKS = 4     # of queries, in attend_causal: 5/8 of the scores are left
+BLOCK, BLOCKS = 128, 8     # queries per block of attend_causal, and blocks at most (compile time grows with them)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,15 +75,16 @@ def attend_xla(q_BTNH, k_BSKH, v_BSKH, view: View, *, window, scale, softcap, sl
 
 
 def attend_causal(q_BTNH, k_BSKH, v_BSKH, view: View, *, window, **options):
-  """attend_xla without most of the scores that a causal mask or a window throws away: each of BLOCKS blocks of queries
-  takes only the keys it can see. Where the pass is no plain causal one, attend_xla itself. Returns o_BTNH alone."""
+  """attend_xla without most of the scores that a causal mask or a window throws away: each block of queries takes only
+  the keys it can see. Where the pass is no plain causal one, attend_xla itself. Returns o_BTNH alone."""
   T, S = q_BTNH.shape[1], k_BSKH.shape[1]
   plain = view.kind == 'causal' and view.position_BT is None and view.key_position_BS is None and T == S
-  if not plain or T % BLOCKS or T < 32 * BLOCKS:
+  size = max(BLOCK, T // BLOCKS)
+  if not plain or T % size or T == size:
     return attend_xla(q_BTNH, k_BSKH, v_BSKH, view, window=window, **options)[0]
   out = []
-  for start in range(0, T, T // BLOCKS):
-    stop = start + T // BLOCKS
+  for start in range(0, T, size):
+    stop = start + size
     first = max(start - window + 1, 0) if window else 0
     segments = {} if view.segment_BT is None else dict(
         segment_BT=view.segment_BT[:, start:stop], key_segment_BS=view.key_segment_BS[:, first:stop])

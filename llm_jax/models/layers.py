@@ -110,7 +110,7 @@ def _saves_slope(f):
   return saving
 
 
-gelu_tanh = _saves_slope(jax.nn.gelu)
+gelu_tanh = _saves_slope(lambda x: jax.nn.gelu(x))
 gelu_exact = _saves_slope(lambda x: x * (0.5 * (1 + jax.lax.erf(x * 0.5**0.5))))   # jax.nn's erfc is twice as slow
 ACTIVATIONS = dict(
     gelu=gelu_tanh, gelu_exact=gelu_exact, geglu=gelu_tanh, swiglu=jax.nn.silu,

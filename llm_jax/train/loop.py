@@ -24,9 +24,9 @@ from llm_jax.data import prepare, store
 from llm_jax.data import tokenizer as tokenizer_lib
 from llm_jax.generate import sampling
 from llm_jax.models import attention, transformer
-from llm_jax.train import host, report
 from llm_jax.train import metrics as metrics_lib
 from llm_jax.train import optimizer as optimizer_lib
+from llm_jax.train import report
 from llm_jax.train import step as step_lib
 
 FREE = ('model.kernel', 'model.remat', 'model.unroll', 'model.dropout')   # may change when a run is resumed
@@ -44,7 +44,6 @@ def train(cfg: config_lib.Config, workdir: str, started: float | None = None) ->
   workdir = pathlib.Path(workdir)
   if cfg.mesh.distributed:
     jax.distributed.initialize()
-  host.keep_freed_memory()
   mesh = sharding.make_mesh(cfg.mesh)
   check_rows(cfg, mesh)
   workdir.mkdir(parents=True, exist_ok=True)
