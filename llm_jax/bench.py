@@ -48,7 +48,8 @@ class Ours:
     self.batch = dict(token_BT=token_BT[:, :-1], target_BT=token_BT[:, 1:], mask_BT=token_BT[:, 1:] * 0.0 + 1.0)
     self.batch = jax.device_put({k: v.astype('float32' if k == 'mask_BT' else 'int32') for k, v in self.batch.items()})
     start = time.perf_counter()
-    self.step = jax.jit(step_lib.make_train_step(cfg, model, tx, kernel), donate_argnums=0).lower(
+    step = step_lib.make_train_step(cfg, model, tx, kernel, step_lib.microbatches(cfg.train, flags.length, 1))
+    self.step = jax.jit(step, donate_argnums=0, compiler_options=step_lib.compiler_options()).lower(
         self.state, self.batch).compile()
     self.compile_s = time.perf_counter() - start
 

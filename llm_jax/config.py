@@ -118,7 +118,7 @@ class Train:
   steps: int = 1000
   minutes: float = 0.0
   batch_size: int = 32
-  accumulate: int = 1
+  accumulate: int = 0
   accumulate_dtype: str = 'float32'
   seed: int = 0
   objective: str = 'causal'
@@ -222,7 +222,7 @@ CHOICES = {
     'log.progress': ('auto', 'rich', 'lines'),
 }
 POSITIVE = ('model.layers', 'model.width', 'model.heads', 'data.length', 'data.temperature', 'train.batch_size',
-            'train.accumulate', 'checkpoint.keep', 'log.every', 'tokenizer.train_mb', 'model.init_scale')
+            'checkpoint.keep', 'log.every', 'tokenizer.train_mb', 'model.init_scale')
 
 
 def nearest(word: str, words) -> str:
@@ -345,7 +345,7 @@ def check(config: Config) -> Config:
     raise ConfigError(f'config.model.dropout: expected 0 <= dropout < 1, got {m.dropout}')
   if t.steps < 0 or t.minutes < 0 or (t.steps == 0 and t.minutes == 0):
     raise ConfigError(f'config.train.steps: expected steps > 0, or minutes > 0; got {t.steps} and {t.minutes}')
-  if t.batch_size % t.accumulate:
+  if t.accumulate < 0 or t.batch_size % max(t.accumulate, 1):
     raise ConfigError(f'config.train.accumulate: batch_size {t.batch_size} is not a multiple of {t.accumulate}')
   if m.max_length and m.max_length < d.length:
     raise ConfigError(f'config.model.max_length: {m.max_length} is shorter than data.length {d.length}')

@@ -37,7 +37,13 @@ class Norm(nnx.Module):
       y = y * _trailing(getattr(self, self.scale)[...] + self.offset, y.ndim)
     if hasattr(self, self.bias):
       y = y + _trailing(getattr(self, self.bias)[...], y.ndim)
-    return y.astype(x.dtype)
+    return settle(y.astype(x.dtype))
+
+
+def settle(x):
+  """x itself; on XLA:CPU also a place where fusion stops, which otherwise computes the elementwise chain behind an
+  array again for each of its readers (of the residual stream: all layers so far). See step.compiler_options."""
+  return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
 def _trailing(w, ndim):
@@ -49,8 +55,8 @@ def _trailing(w, ndim):
 def project(spec: str, x, w):
   """jnp.einsum(spec, x, w) of an activation and a weight, e.g. 'BTD,DF->BTF', with a backward pass for XLA:CPU.
 
-  Plain autodiff lets XLA fuse the elementwise work around a product into transposed copies of its largest operand,
-  once per use; here both operands of the weight's gradient are materialised, and the smaller one is transposed.
+  Both operands of the weight's gradient are materialised, and the smaller one is transposed; then comes the input's
+  gradient, for two products at once on the same cores are slower than one after the other.
   """
   return jnp.einsum(spec, x, w)
 
@@ -59,11 +65,12 @@ def _project_bwd(spec, saved, g):
   x, w = saved
   inputs, out = spec.split('->')
   in_x, in_w = inputs.split(',')
-  g, x = jax.lax.optimization_barrier((g, x))
+  g, x = settle((g, x))
   (first, a), (second, b) = sorted(((in_x, x), (out, g)), key=lambda pair: pair[1].size)
   shared = [letter for letter in first if letter in second]
   axes = [first.index(letter) for letter in shared], [second.index(letter) for letter in shared]
   dw = jax.lax.dot_general(a, b, (axes, ((), ())))       # einsum would choose the order itself
+  dw, g = settle((dw, g))
   made = [letter for letter in first + second if letter not in shared]
   return jnp.einsum(f'{out},{in_w}->{in_x}', g, w), dw.transpose([made.index(letter) for letter in in_w])
 
@@ -98,7 +105,7 @@ class Mlp(nnx.Module):
       gate_BTF = project('BTD,DF->BTF', x_BTD, self.w_gate_DF[...])
       h_BTF = h_BTF * ACTIVATIONS[self.kind](gate_BTF)
     else:
-      h_BTF = ACTIVATIONS[self.kind](h_BTF)
+      h_BTF = settle(ACTIVATIONS[self.kind](h_BTF))
     y_BTD = project('BTF,FD->BTD', shard(h_BTF, 'BTF'), self.w_down_FD[...])
     return add_bias(y_BTD, self.b_down_D) if hasattr(self, 'b_down_D') else y_BTD
 

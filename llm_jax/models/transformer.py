@@ -101,7 +101,7 @@ class Block(nnx.Module):
       return shard(getattr(self, norm)(x_BTD + y_BTD), 'BTD')
     if cfg.norm_position in ('after', 'both'):
       y_BTD = getattr(self, norm)(y_BTD)
-    return shard(x_BTD + y_BTD, 'BTD')
+    return shard(layers.settle(x_BTD + y_BTD), 'BTD')
 
 
 def _channels(w_D, x_BTD):

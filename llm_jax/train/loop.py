@@ -60,7 +60,7 @@ def check_rows(cfg: config_lib.Config, mesh) -> None:
   """Batch rows must divide among microbatches and devices."""
   ways = sharding.axis_size(mesh, sharding.ACT['B'])
   for key, rows in (('train.batch_size', cfg.train.batch_size), ('eval.batch_size', eval_rows(cfg))):
-    parts = cfg.train.accumulate * ways if key == 'train.batch_size' else ways
+    parts = max(cfg.train.accumulate, 1) * ways if key == 'train.batch_size' else ways
     if rows % parts:
       raise ConfigError(f'config.{key}: {rows} rows do not divide among {parts} '
                         f'(data x fsdp devices{" x microbatches" if parts != ways else ""})')
@@ -114,6 +114,8 @@ class Run:
     self.kernel, self.kernel_reason = attention.choose(
         self.model, jax.default_backend(), dtype, cfg.data.length, cfg.data.packing == 'pack')
 
+    self.microbatches = step_lib.microbatches(cfg.train, cfg.data.length,
+                                              sharding.axis_size(self.mesh, sharding.ACT['B']))
     key = jax.random.key(cfg.train.seed)
     abstract_params = jax.eval_shape(lambda: transformer.init(self.model, key))
     self.tx = optimizer_lib.make(cfg.optimizer, abstract_params)
@@ -198,12 +200,13 @@ class Run:
   def compile(self) -> None:
     """Compiles the train step ahead of time: the loop can then never compile again, it would raise instead."""
     cfg = self.cfg
-    step = step_lib.make_train_step(cfg, self.model, self.tx, self.kernel)
+    step = step_lib.make_train_step(cfg, self.model, self.tx, self.kernel, self.microbatches)
     with self.clock('compile'):
       batch = sharding.put_batch(self.batches(self.first_step, self.rows()), self.mesh)
-      self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None)).lower(
-          self.abstract, batch).compile()
-    self.eval_step = jax.jit(step_lib.make_eval_step(cfg, self.model, self.kernel))
+      self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None),
+                                compiler_options=step_lib.compiler_options()).lower(self.abstract, batch).compile()
+    self.eval_step = jax.jit(step_lib.make_eval_step(cfg, self.model, self.kernel),
+                             compiler_options=step_lib.compiler_options())
 
   def rows(self, batch_size: int | None = None) -> tuple[int, int]:
     """The rows of the global batch that this process feeds."""
@@ -228,7 +231,7 @@ class Run:
                     f'({self.kernel_reason}), remat {self.model.remat}, {flops["causal"] / 1e6:.3g} MFLOP/token'),
         ('data', f'{source}: {sum(s.n_tokens for s in self.stores.train):,} training tokens, '
                  f'{sum(s.n_tokens for s in self.stores.valid):,} held out, {self.tokenizer.kind} tokenizer'),
-        ('step', f'{cfg.train.batch_size} x {cfg.data.length} tokens, {cfg.train.accumulate} microbatch(es), '
+        ('step', f'{cfg.train.batch_size} x {cfg.data.length} tokens, {self.microbatches} microbatch(es), '
                  f'{cfg.optimizer.name}, {f"{cfg.train.minutes:g} minutes" if cfg.train.minutes else cfg.train.steps} '
                  f'{"" if cfg.train.minutes else "steps"}'),
         ('run', str(self.workdir))]

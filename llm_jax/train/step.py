@@ -16,6 +16,7 @@ from llm_jax.train import loss as loss_lib
 from llm_jax.train import optimizer as optimizer_lib
 
 INPUTS = ('position_BT', 'segment_BT', 'prefix_BT', 'source_BS', 'source_segment_BS')
+MICRO_TOKENS = 1024
 
 
 def init_state(cfg: config_lib.Config, model: config_lib.Model, tx: optax.GradientTransformation, key) -> dict:
@@ -49,9 +50,26 @@ def loss_sums(cfg: config_lib.Config, model: config_lib.Model, kernel: str, para
     return loss_lib.cross_entropy(bound.logits(x_BTD), target_BT, mask_BT, z_loss, smoothing)
 
 
-def make_train_step(cfg: config_lib.Config, model: config_lib.Model, tx: optax.GradientTransformation, kernel: str):
+def compiler_options() -> dict | None:
+  """Options to compile a step with: on a CPU, XLA keeps layers.settle's barriers until after fusion."""
+  return {'xla_disable_hlo_passes': 'cse_barrier_expander'} if jax.default_backend() == 'cpu' else None
+
+
+def microbatches(train: config_lib.Train, length: int, ways: int) -> int:
+  """train.accumulate, or where it is 0 what is fastest here: on a CPU, the fewest microbatches of at most 1,024 tokens
+  per device, whose activations stay in its caches; elsewhere one. ways: devices that split the rows."""
+  if train.accumulate or jax.default_backend() != 'cpu':
+    return train.accumulate or 1
+  rows = train.batch_size // ways
+  return next(n for n in range(1, rows + 1) if rows % n == 0 and (rows // n * length <= MICRO_TOKENS or n == rows))
+
+
+def make_train_step(cfg: config_lib.Config, model: config_lib.Model, tx: optax.GradientTransformation, kernel: str,
+                    accumulate: int = 0):
   """train_step(state, batch) -> (state, metrics). Metrics are float32 scalars: loss/train (mean nats per token, without
-  smoothing), loss/z, accuracy, grads/norm, optimizer/learning_rate, tokens, step/skipped."""
+  smoothing), loss/z, accuracy, grads/norm, optimizer/learning_rate, tokens, step/skipped. accumulate:
+  microbatches, from `microbatches`; 0: cfg.train.accumulate."""
+  accumulate = accumulate or cfg.train.accumulate or 1
 
   def grads_of(params, batch, key):
     # Divided by the tokens of the whole batch, not of the microbatch: a mean of means is not the batch's mean.
@@ -61,9 +79,9 @@ def make_train_step(cfg: config_lib.Config, model: config_lib.Model, tx: optax.G
 
     tokens = jnp.maximum(batch['mask_BT'].sum(dtype=jnp.float32), 1)
     grad = jax.grad(loss, has_aux=True)
-    if cfg.train.accumulate == 1:
+    if accumulate == 1:
       return grad(params, batch, _fold(key, 0))
-    micros = {name: split_rows(x, cfg.train.accumulate) for name, x in batch.items()}
+    micros = {name: split_rows(x, accumulate) for name, x in batch.items()}
     dtype = jnp.dtype(cfg.train.accumulate_dtype)
 
     def add(carry, xs):
@@ -75,7 +93,7 @@ def make_train_step(cfg: config_lib.Config, model: config_lib.Model, tx: optax.G
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params)
     sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(
         lambda: loss_sums(cfg, model, kernel, params, jax.tree.map(lambda x: x[0], micros))[1]))
-    (grads, sums), _ = jax.lax.scan(add, (zeros, sums), (micros, jnp.arange(cfg.train.accumulate)))
+    (grads, sums), _ = jax.lax.scan(add, (zeros, sums), (micros, jnp.arange(accumulate)))
     return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), sums
 
   def train_step(state, batch):
