@@ -16,6 +16,7 @@ from llm_jax import config as config_lib
 from llm_jax.config import ConfigError
 
 VOCAB = 65       # characters of tiny Shakespeare
+SIZES = dict(layers=6, width=384, length=256, batch=16, rounds=7, steps=2)
 
 
 def model_of(flags) -> config_lib.Model:
@@ -138,6 +139,11 @@ def train(flags) -> None:
   import numpy as np
 
   from llm_jax.train import metrics
+  for name in SIZES:
+    if getattr(flags, name) <= 0:
+      raise ConfigError(f'--{name}: expected a positive number, got {getattr(flags, name)}')
+  if flags.width % 64:
+    raise ConfigError(f'--width: expected a multiple of 64 (the width of a head), got {flags.width}')
   token_BT = np.random.default_rng(0).integers(0, VOCAB, (flags.batch, flags.length + 1), dtype=np.int32)
   runs = [Ours(flags, token_BT)]
   if flags.peer == 'torch':
@@ -178,7 +184,7 @@ def main(argv=None) -> None:
   parser.add_argument('--peer', choices=('none', 'torch'), default='none')
   parser.add_argument('--compiled', action='store_true', help='also torch.compile (slow to start)')
   parser.add_argument('--dtype', default='auto', choices=('auto', 'float32', 'bfloat16'))
-  for name, value in dict(layers=6, width=384, length=256, batch=16, rounds=7, steps=2).items():
+  for name, value in SIZES.items():
     parser.add_argument(f'--{name}', type=int, default=value)
   parser.add_argument('--debug', action='store_true')
   flags = parser.parse_args(argv)

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import difflib
 import importlib.util
+import math
 import pathlib
 import sys
 import traceback
@@ -222,7 +223,10 @@ CHOICES = {
     'log.progress': ('auto', 'rich', 'lines'),
 }
 POSITIVE = ('model.layers', 'model.width', 'model.heads', 'data.length', 'data.temperature', 'train.batch_size',
-            'checkpoint.keep', 'log.every', 'tokenizer.train_mb', 'model.init_scale')
+            'checkpoint.keep', 'log.every', 'tokenizer.train_mb', 'tokenizer.vocab_size', 'model.init_scale',
+            'model.rope_base', 'model.rope_factor', 'model.rope_fraction', 'eval.batches', 'eval.top_p')
+AT_MOST_1 = ('model.rope_fraction', 'optimizer.decay_fraction', 'optimizer.final_fraction', 'eval.top_p')
+BELOW_1 = ('model.dropout', 'train.label_smoothing', 'train.ema', 'optimizer.b1', 'optimizer.b2', 'optimizer.momentum')
 
 
 def nearest(word: str, words) -> str:
@@ -245,7 +249,9 @@ def load_file(spec: str) -> ConfigDict:
     if not hasattr(module, 'get_config'):
       raise ConfigError(f'--config: {path} has no get_config()')
     return module.get_config(arg) if arg else module.get_config()
-  except (SyntaxError, ImportError, TypeError) as e:
+  except ConfigError:
+    raise
+  except Exception as e:
     raise ConfigError(f'--config: {path} failed: {type(e).__name__}: {e}') from e
   finally:
     sys.path.pop(0)
@@ -329,6 +335,13 @@ def check(config: Config) -> Config:
   for key in POSITIVE:
     if get(key) <= 0:
       raise ConfigError(f'config.{key}: expected a positive number, got {get(key)}')
+  for group in ('model', 'data', 'tokenizer', 'train', 'optimizer', 'checkpoint', 'eval', 'log'):
+    for name, value in vars(getattr(config, group)).items():
+      if isinstance(value, int | float) and not 0 <= value < math.inf:
+        raise ConfigError(f'config.{group}.{name}: expected 0 or more, got {value}')
+  for key in (*AT_MOST_1, *BELOW_1):
+    if get(key) > 1 or key in BELOW_1 and get(key) == 1:
+      raise ConfigError(f'config.{key}: expected {"less than" if key in BELOW_1 else "at most"} 1, got {get(key)}')
   m, d, t = config.model, config.data, config.train
   if m.head_dim == 0 and m.width % m.heads:
     raise ConfigError(f'config.model.heads: width {m.width} is not a multiple of {m.heads}; set model.head_dim')
@@ -341,11 +354,16 @@ def check(config: Config) -> Config:
     raise ConfigError(f'config.model.rope_original_length: rope_scaling={m.rope_scaling!r} needs it')
   if not m.windows or min(m.windows) < 0:
     raise ConfigError(f'config.model.windows: expected at least one window >= 0, got {m.windows}')
-  if not 0 <= m.dropout < 1:
-    raise ConfigError(f'config.model.dropout: expected 0 <= dropout < 1, got {m.dropout}')
+  if m.rope_scaling == 'llama3' and m.rope_low_freq >= m.rope_high_freq:
+    raise ConfigError(f'config.model.rope_low_freq: {m.rope_low_freq} must be below rope_high_freq {m.rope_high_freq}')
+  if m.positions == 'sinusoidal' and m.width % 2:
+    raise ConfigError(f'config.model.width: sinusoidal positions need an even width, got {m.width}')
+  if m.encoder_layers:
+    raise ConfigError(f'config.model.encoder_layers: {m.encoder_layers}; training from text feeds a decoder alone; '
+                      'set it to 0 (an encoder-decoder trains through train.step, with source_BS in its batches)')
   if t.steps < 0 or t.minutes < 0 or (t.steps == 0 and t.minutes == 0):
     raise ConfigError(f'config.train.steps: expected steps > 0, or minutes > 0; got {t.steps} and {t.minutes}')
-  if t.accumulate < 0 or t.batch_size % max(t.accumulate, 1):
+  if t.batch_size % max(t.accumulate, 1):
     raise ConfigError(f'config.train.accumulate: batch_size {t.batch_size} is not a multiple of {t.accumulate}')
   if m.max_length and m.max_length < d.length:
     raise ConfigError(f'config.model.max_length: {m.max_length} is shorter than data.length {d.length}')

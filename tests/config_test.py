@@ -84,6 +84,22 @@ def test_a_wrong_key_type_or_choice_names_itself_and_the_nearest(groups, key, hi
     (dict(data=dict(valid_fraction=0.0)), 'config.data.valid_fraction'),
     (dict(tokenizer=dict(kind='hf')), 'config.tokenizer.path'),
     (dict(log=dict(profile='13:10')), 'config.log.profile'),
+    (dict(model=dict(kv_heads=-1)), 'config.model.kv_heads: expected 0 or more, got -1'),
+    (dict(model=dict(mlp_dim=-4)), 'config.model.mlp_dim'),
+    (dict(optimizer=dict(learning_rate=-1e-3)), 'config.optimizer.learning_rate'),
+    (dict(optimizer=dict(clip_norm=float('nan'))), 'config.optimizer.clip_norm'),
+    (dict(optimizer=dict(b1=2.0)), 'config.optimizer.b1: expected less than 1, got 2.0'),
+    (dict(train=dict(ema=1.0)), 'config.train.ema: expected less than 1'),
+    (dict(checkpoint=dict(every=-1)), 'config.checkpoint.every'),
+    (dict(data=dict(workers=-1)), 'config.data.workers'),
+    (dict(eval=dict(batches=0)), 'config.eval.batches: expected a positive number'),
+    (dict(eval=dict(top_p=0.0)), 'config.eval.top_p'),
+    (dict(tokenizer=dict(vocab_size=0)), 'config.tokenizer.vocab_size'),
+    (dict(model=dict(rope_fraction=1.5)), 'config.model.rope_fraction: expected at most 1'),
+    (dict(model=dict(rope_factor=0.0)), 'config.model.rope_factor'),
+    (dict(model=dict(rope_scaling='llama3', rope_original_length=64, rope_low_freq=4.0)), 'config.model.rope_low_freq'),
+    (dict(model=dict(positions='sinusoidal', width=63, heads=3)), 'config.model.width: sinusoidal'),
+    (dict(model=dict(encoder_layers=2)), 'config.model.encoder_layers'),
 ])
 def test_contradictions_are_refused(groups, key):
   with pytest.raises(ConfigError) as e:
@@ -227,3 +243,10 @@ def test_a_bug_is_not_hidden():
 def test_importing_the_package_starts_no_jax():
   code = 'import sys, llm_jax; sys.exit("jax" in sys.modules)'
   assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize('body', ['x = y', 'raise KeyError("k")', 'def get_config():\n  return {}["k"]', 'x ='])
+def test_a_config_file_that_fails_is_one_line(body, tmp_path):
+  (tmp_path / 'mine.py').write_text(body)
+  with pytest.raises(ConfigError, match='--config: .*mine.py failed: (NameError|KeyError|SyntaxError)'):
+    config_lib.load_file(str(tmp_path / 'mine.py'))

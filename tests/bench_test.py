@@ -1,0 +1,55 @@
+"""The bench prints ours, the peer and the limit of one run, and its peer is the same model."""
+import argparse
+
+import jax
+import numpy as np
+import pytest
+
+from llm_jax import bench
+from llm_jax.models import transformer
+
+FLAGS = ['train', '--layers=1', '--width=64', '--length=32', '--batch=2', '--rounds=2', '--steps=1']
+
+
+def test_ours_beside_the_limit(capsys):
+  bench.main(FLAGS)
+  out = capsys.readouterr().out
+  assert 'train 1 x 64, 2 x 32 tokens, 2 rounds of 1 steps' in out
+  assert 'llm_jax' in out and 'ours/this 1.00x' in out and 'limit' in out and out.count('tok/s') == 2
+
+
+def test_the_peer_is_in_the_same_table(capsys):
+  pytest.importorskip('torch', reason="the peer needs pip install -e '.[parity]'")
+  bench.main([*FLAGS, '--peer=torch'])
+  assert capsys.readouterr().out.count('ours/this') == 2
+
+
+def test_the_peer_computes_our_loss_and_learns_as_we_do():
+  torch = pytest.importorskip('torch', reason="the peer needs pip install -e '.[parity]'")
+  flags = argparse.Namespace(layers=2, width=64, length=32, batch=4, dtype='float32')
+  token_BT = np.random.default_rng(0).integers(0, bench.VOCAB, (4, 33), dtype=np.int32)
+  ours, peer = bench.Ours(flags, token_BT), bench.Torch(flags, token_BT, False)
+  params = jax.tree.map(np.asarray, ours.state['params'])
+  block, put = params['blocks0'], lambda to, w: to.weight.data.copy_(torch.from_numpy(np.array(w)))
+  peer.model = bench.torch_gpt(torch, bench.model_of(flags))
+  put(peer.model.embed, params['embed_VD'])
+  put(peer.model.position, params['position_embed_SD'])
+  for i, layer in enumerate(peer.model.blocks):
+    qkv = [block['attention'][name][i].reshape(64, 64) for name in ('w_q_DNH', 'w_k_DKH', 'w_v_DKH')]
+    put(layer.qkv, np.concatenate(qkv, 1).T)
+    put(layer.out, block['attention']['w_o_NHD'][i].reshape(64, 64).T)
+    put(layer.up, block['mlp']['w_up_DF'][i].T)
+    put(layer.down, block['mlp']['w_down_FD'][i].T)
+  peer.optimizer = torch.optim.AdamW(peer.model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
+  peer.forward = peer.model
+  for _ in range(3):               # the losses of three steps: the same forward, backward, clip and update
+    np.testing.assert_allclose(ours.run(1), peer.run(1), rtol=2e-4)
+  assert transformer.count(params) == sum(p.numel() for p in peer.model.parameters())
+
+
+@pytest.mark.parametrize('flags, text', [(['--layers=0'], 'layers'), (['--width=65'], 'width')])
+def test_bad_sizes_are_one_line(flags, text, capsys):
+  with pytest.raises(SystemExit) as stopped:
+    bench.main(['train', *flags])
+  err = capsys.readouterr().err
+  assert stopped.value.code == 2 and text in err and 'Traceback' not in err
