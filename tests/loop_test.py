@@ -270,7 +270,7 @@ def test_a_budget_in_minutes_is_kept_and_the_learning_rate_ends_low(folder, monk
   steps = figures['steps']
   assert steps > 50
   rates = {s: value for s, _, value in runs.curve(folder / 'run', 'optimizer/learning_rate')}
-  assert rates[steps // 10 * 5] == pytest.approx(1e-2)
+  assert rates[steps // 20 * 5] == pytest.approx(1e-2)      # at a quarter of the run
   assert rates[max(rates)] < 0.1 * 1e-2
 
   assert runs.train(folder, **keys)['steps'] == steps                      # it was used up
