@@ -358,9 +358,6 @@ def check(config: Config) -> Config:
     raise ConfigError(f'config.model.rope_low_freq: {m.rope_low_freq} must be below rope_high_freq {m.rope_high_freq}')
   if m.positions == 'sinusoidal' and m.width % 2:
     raise ConfigError(f'config.model.width: sinusoidal positions need an even width, got {m.width}')
-  if m.encoder_layers:
-    raise ConfigError(f'config.model.encoder_layers: {m.encoder_layers}; training from text feeds a decoder alone; '
-                      'set it to 0 (an encoder-decoder trains through train.step, with source_BS in its batches)')
   if t.steps < 0 or t.minutes < 0 or (t.steps == 0 and t.minutes == 0):
     raise ConfigError(f'config.train.steps: expected steps > 0, or minutes > 0; got {t.steps} and {t.minutes}')
   if t.batch_size % max(t.accumulate, 1):

@@ -99,7 +99,6 @@ def test_a_wrong_key_type_or_choice_names_itself_and_the_nearest(groups, key, hi
     (dict(model=dict(rope_factor=0.0)), 'config.model.rope_factor'),
     (dict(model=dict(rope_scaling='llama3', rope_original_length=64, rope_low_freq=4.0)), 'config.model.rope_low_freq'),
     (dict(model=dict(positions='sinusoidal', width=63, heads=3)), 'config.model.width: sinusoidal'),
-    (dict(model=dict(encoder_layers=2)), 'config.model.encoder_layers'),
 ])
 def test_contradictions_are_refused(groups, key):
   with pytest.raises(ConfigError) as e:

@@ -26,6 +26,7 @@ BASE = f'--config={ROOT}/configs/base.py'
     ([BASE, '--config.train.batch_size=12', '--config.train.accumulate=5'], 'config.train.accumulate'),
     ([BASE, '--config.data.source=text'], 'config.data.path'),
     ([BASE, '--config.mesh.tensor=3'], 'config.mesh'),
+    ([BASE, '--config.model.encoder_layers=2'], 'config.model.encoder_layers: 2'),
     ([BASE, '--config.mesh.context=2'], 'config.mesh.context'),
     ([BASE, '--config.train.batch_size=4'], 'config.train.batch_size: 4 rows do not divide among 8'),
     ([BASE, '--config.data.source=text', '--config.data.path=nowhere.txt', '--config.tokenizer.kind=byte'],

@@ -57,7 +57,10 @@ def train(cfg: config_lib.Config, workdir: str, started: float | None = None) ->
 
 
 def check_rows(cfg: config_lib.Config, mesh) -> None:
-  """Batch rows must divide among microbatches and devices."""
+  """Batch rows must divide among microbatches and devices, and feed the model that is asked for."""
+  if cfg.model.encoder_layers:
+    raise ConfigError(f'config.model.encoder_layers: {cfg.model.encoder_layers}; training from text feeds a decoder '
+                      'alone; set it to 0 (an encoder-decoder trains through train.step, with source_BS in batches)')
   ways = sharding.axis_size(mesh, sharding.ACT['B'])
   for key, rows in (('train.batch_size', cfg.train.batch_size), ('eval.batch_size', eval_rows(cfg))):
     parts = max(cfg.train.accumulate, 1) * ways if key == 'train.batch_size' else ways
