@@ -14,6 +14,7 @@ from llm_jax import config as config_lib
 from llm_jax.data import batches as batches_lib
 from llm_jax.data import store
 from llm_jax.data import tokenizer as tokenizer_lib
+from llm_jax.models import layers
 from llm_jax.train import optimizer as optimizer_lib
 from llm_jax.train import step as step_lib
 
@@ -344,3 +345,14 @@ def test_bfloat16_compute_has_float32_masters():
 def test_microbatches_on_a_cpu_have_1024_tokens_unless_the_config_says(rows, length, ways, accumulate, expected):
   train = config_lib.Train(batch_size=rows, accumulate=accumulate)
   assert step_lib.microbatches(train, length, ways) == expected
+
+
+@pytest.mark.parametrize('platform, barriers', [('cpu', 1), ('tpu', 0), ('cuda', 0)])
+def test_only_a_cpu_program_has_the_barriers_that_stop_fusion(platform, barriers):
+  lowered = jax.jit(layers.settle).trace(jnp.ones((2, 2))).lower(lowering_platforms=(platform,))
+  assert lowered.as_text().count('optimization_barrier') == barriers
+
+
+def test_a_cpu_keeps_the_barriers_to_the_end():
+  settle = jax.jit(lambda x: layers.settle(x + 1) * 2, compiler_options=step_lib.compiler_options())
+  assert 'opt-barrier' in settle.lower(jnp.ones((2, 2))).compile().as_text()
