@@ -5,6 +5,8 @@ import math
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -179,6 +181,34 @@ def test_final_loss_is_that_of_the_average_on_all_held_out_text(whole):
       count += len(row)
   assert figures['validation loss'] == pytest.approx(nats / count, rel=1e-5)
   assert figures['bits per byte'] == pytest.approx(nats / math.log(2) / held_out.total_bytes, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_profiles_while_checkpoints_are_written_do_not_crash(tmp_path):
+  """In a process of its own: with Python frames in the trace it died of a segmentation fault within a minute."""
+  code = f"""
+import pathlib, time, jax, jax.numpy as jnp
+from llm_jax import checkpoint
+from llm_jax.train import loop
+state = {{item: {{str(i): jnp.ones((64, 64)) for i in range(20)}} for item in ('params', 'opt_state')}}
+state['step'] = jnp.int32(0)
+step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+end, n = time.monotonic() + 60, 0
+while time.monotonic() < end:
+  n += 1
+  folder = pathlib.Path({str(tmp_path)!r}) / str(n)
+  (folder / 'tokenizer').mkdir(parents=True)
+  with checkpoint.Checkpointer(folder, 2, {{}}) as saved:
+    for i in range(3):
+      saved.save(i, state)
+      loop.start_profile(folder / 'profile')
+      for _ in range(3):
+        state = step(state)
+      jax.block_until_ready(state)
+      jax.profiler.stop_trace()
+"""
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_report_logs_and_profile_are_there(whole):

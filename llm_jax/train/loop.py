@@ -73,6 +73,14 @@ def eval_rows(cfg: config_lib.Config) -> int:
   return cfg.eval.batch_size or cfg.train.batch_size
 
 
+def start_profile(folder) -> None:
+  """Traces devices and XLA, not Python: tracing Python crashes the process where another thread ends meanwhile, as
+  those that write a checkpoint do."""
+  options = jax.profiler.ProfileOptions()
+  options.python_tracer_level = 0
+  jax.profiler.start_trace(str(folder), profiler_options=options)
+
+
 class Run:
   """One process's part of a training run; its methods are called in order by `train`."""
 
@@ -261,7 +269,7 @@ class Run:
     self.begun, pending = time.monotonic(), None
     while step < horizon and not self.stop:
       if step in profiled and not profiling:
-        jax.profiler.start_trace(str(self.workdir / 'profile'))
+        start_profile(self.workdir / 'profile')
         profiling = True
       with self.clock('input'):
         batch = sharding.put_batch(next(prefetch)[1], self.mesh)
