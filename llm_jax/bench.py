@@ -41,7 +41,8 @@ class Ours:
     from llm_jax.train import optimizer as optimizer_lib
     from llm_jax.train import step as step_lib
     model = model_of(flags)
-    cfg = config_lib.Config(model=model, optimizer=optimizer_of(), train=config_lib.Train(batch_size=flags.batch))
+    cfg = config_lib.Config(model=model, data=config_lib.Data(length=flags.length), optimizer=optimizer_of(),
+                            train=config_lib.Train(batch_size=flags.batch))
     kernel, self.note = attention.choose(model, jax.default_backend(), attention.compute_dtype(model.dtype),
                                          flags.length, False)
     tx = optimizer_lib.make(cfg.optimizer, jax.eval_shape(lambda: transformer.init(model, jax.random.key(0))))
@@ -49,7 +50,7 @@ class Ours:
     self.batch = dict(token_BT=token_BT[:, :-1], target_BT=token_BT[:, 1:], mask_BT=token_BT[:, 1:] * 0.0 + 1.0)
     self.batch = jax.device_put({k: v.astype('float32' if k == 'mask_BT' else 'int32') for k, v in self.batch.items()})
     start = time.perf_counter()
-    step = step_lib.make_train_step(cfg, model, tx, kernel, step_lib.microbatches(cfg.train, flags.length, 1))
+    step = step_lib.make_train_step(cfg, model, tx, kernel, step_lib.microbatches(cfg, 1))
     self.step = jax.jit(step, donate_argnums=0, compiler_options=step_lib.compiler_options()).lower(
         self.state, self.batch).compile()
     self.compile_s = time.perf_counter() - start

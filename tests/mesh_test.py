@@ -27,7 +27,7 @@ MESHES = [CUBE, FSDP2_TENSOR4, FSDP8] + [
 def config(model=(), train=(), optimizer=()):
   return config_lib.Config(
       model=config_lib.Model(**MODEL | dict(model)), data=config_lib.Data(length=T),
-      train=config_lib.Train(batch_size=B, steps=STEPS, **dict(train)),
+      train=config_lib.Train(batch_size=B, steps=STEPS, **dict(accumulate=1) | dict(train)),
       optimizer=config_lib.Optimizer(**FAST | dict(optimizer)))
 
 

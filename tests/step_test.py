@@ -339,12 +339,14 @@ def test_bfloat16_compute_has_float32_masters():
     assert_gradients_equal(low, high, 1e-4)
 
 
-@pytest.mark.parametrize('rows, length, ways, accumulate, expected', [
-    (16, 256, 1, 0, 4), (16, 256, 2, 0, 2), (6, 512, 1, 0, 3), (4, 4096, 1, 0, 4), (4, 64, 1, 0, 1),
-    (16, 256, 1, 2, 2)])
-def test_microbatches_on_a_cpu_have_1024_tokens_unless_the_config_says(rows, length, ways, accumulate, expected):
-  train = config_lib.Train(batch_size=rows, accumulate=accumulate)
-  assert step_lib.microbatches(train, length, ways) == expected
+@pytest.mark.parametrize('rows, length, ways, accumulate, dropout, expected', [
+    (16, 256, 1, 0, 0.0, 4), (16, 256, 2, 0, 0.0, 2), (6, 512, 1, 0, 0.0, 3), (4, 4096, 1, 0, 0.0, 4),
+    (4, 64, 1, 0, 0.0, 1), (16, 256, 1, 2, 0.0, 2), (16, 256, 1, 0, 0.1, 1), (16, 256, 1, 2, 0.1, 2)])
+def test_microbatches_on_a_cpu_have_1024_tokens_unless_the_config_says(rows, length, ways, accumulate, dropout,
+                                                                       expected):
+  cfg = config_lib.Config(model=config_lib.Model(dropout=dropout), data=config_lib.Data(length=length),
+                          train=config_lib.Train(batch_size=rows, accumulate=accumulate))
+  assert step_lib.microbatches(cfg, ways) == expected
 
 
 @pytest.mark.parametrize('platform, barriers', [('cpu', 1), ('tpu', 0), ('cuda', 0)])

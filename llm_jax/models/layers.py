@@ -130,7 +130,7 @@ def out_std(cfg: config_lib.Model, fan_in: int) -> float:
 
 
 def dropout(x, rate: float, key):
-  """Inverted dropout. Threefry draws by global position, so neither mesh nor microbatch layout changes the mask."""
+  """Inverted dropout. Threefry draws by global position, so no mesh changes the mask."""
   if rate == 0 or key is None:
     return x
   return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), jnp.zeros_like(x))

@@ -125,8 +125,7 @@ class Run:
     self.kernel, self.kernel_reason = attention.choose(
         self.model, jax.default_backend(), dtype, cfg.data.length, cfg.data.packing == 'pack')
 
-    self.microbatches = step_lib.microbatches(cfg.train, cfg.data.length,
-                                              sharding.axis_size(self.mesh, sharding.ACT['B']))
+    self.microbatches = step_lib.microbatches(cfg, sharding.axis_size(self.mesh, sharding.ACT['B']))
     key = jax.random.key(cfg.train.seed)
     abstract_params = jax.eval_shape(lambda: transformer.init(self.model, key))
     self.tx = optimizer_lib.make(cfg.optimizer, abstract_params)

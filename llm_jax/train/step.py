@@ -55,13 +55,16 @@ def compiler_options() -> dict | None:
   return {'xla_disable_hlo_passes': 'cse_barrier_expander'} if jax.default_backend() == 'cpu' else None
 
 
-def microbatches(train: config_lib.Train, length: int, ways: int) -> int:
+def microbatches(cfg: config_lib.Config, ways: int) -> int:
   """train.accumulate, or where it is 0 what is fastest here: on a CPU, the fewest microbatches of at most 1,024 tokens
-  per device, whose activations stay in its caches; elsewhere one. ways: devices that split the rows."""
-  if train.accumulate or jax.default_backend() != 'cpu':
+  per device, whose activations stay in its caches; elsewhere one. Also one with dropout, whose masks depend on the
+  number: a mesh must not change them. ways: devices that split the rows."""
+  train = cfg.train
+  if train.accumulate or cfg.model.dropout or jax.default_backend() != 'cpu':
     return train.accumulate or 1
   rows = train.batch_size // ways
-  return next(n for n in range(1, rows + 1) if rows % n == 0 and (rows // n * length <= MICRO_TOKENS or n == rows))
+  return next(n for n in range(1, rows + 1)
+              if rows % n == 0 and (rows // n * cfg.data.length <= MICRO_TOKENS or n == rows))
 
 
 def make_train_step(cfg: config_lib.Config, model: config_lib.Model, tx: optax.GradientTransformation, kernel: str,
