@@ -48,30 +48,15 @@ def visible(view: View, window: int, T: int, S: int):
   return mask
 
 
-def attend_xla(q_BTNH, k_BSKH, v_BSKH, view: View, *, window, scale, softcap, slopes_N=None):
-  """Softmax attention by einsums, in float32 from the scores to the weights; also returns the weights [B, N, T, S].
+def attend_xla(q_BTNH, k_BSKH, v_BSKH, view: View, **options):
+  """Softmax attention by einsums, in float32 from the scores to the weights: o_BTNH, and the weights [B, N, T, S].
 
-  Queries share kv heads in groups (GQA, arXiv 2305.13245): head n reads kv head n // G. softcap is Gemma 2's
-  cap * tanh(scores / cap); slopes are ALiBi's.
+  Queries share kv heads in groups (GQA, arXiv 2305.13245): head n reads kv head n // G. options: window; scale;
+  softcap, Gemma 2's cap * tanh(scores / cap); slopes_N, ALiBi's.
   """
-  B, T, N, H = q_BTNH.shape
-  S, K = k_BSKH.shape[1:3]
-  q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-  score_BKGTS = jnp.einsum('BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
-  if softcap:
-    score_BKGTS = softcap * jnp.tanh(score_BKGTS / softcap)
-  if slopes_N is not None:
-    q = (jnp.arange(T)[None] if view.position_BT is None else view.position_BT)[:, None, None, :, None]
-    k = (jnp.arange(S)[None] if view.key_position_BS is None else view.key_position_BS)[:, None, None, None, :]
-    score_BKGTS = score_BKGTS - jnp.asarray(slopes_N).reshape(1, K, N // K, 1, 1) * jnp.abs(q - k)
-  mask = visible(view, window, T, S)
-  if mask is not None:
-    score_BKGTS = jnp.where(mask[:, None, None], score_BKGTS, -1e30)   # finite: a row that sees nothing is no NaN
-  weight_BKGTS = jax.nn.softmax(score_BKGTS, -1)
-  if view.key_segment_BS is not view.segment_BT:           # cross-attention: a document may have an empty source
-    weight_BKGTS = jnp.where(mask[:, None, None], weight_BKGTS, 0.0)
-  o_BTKGH = jnp.einsum('BKGTS,BSKH->BTKGH', weight_BKGTS.astype(v_BSKH.dtype), v_BSKH)
-  return o_BTKGH.reshape(B, T, N, H), weight_BKGTS.reshape(B, N, T, S)
+  B, T, N, _ = q_BTNH.shape
+  o_BKGTH, weight_BKGTS = _attend(*_heads_first(q_BTNH, k_BSKH, v_BSKH), view, **options)
+  return _heads_last(o_BKGTH), weight_BKGTS.reshape(B, N, T, -1)
 
 
 def attend_causal(q_BTNH, k_BSKH, v_BSKH, view: View, *, window, **options):
@@ -82,6 +67,7 @@ def attend_causal(q_BTNH, k_BSKH, v_BSKH, view: View, *, window, **options):
   size = max(BLOCK, T // BLOCKS)
   if not plain or T % size or T == size:
     return attend_xla(q_BTNH, k_BSKH, v_BSKH, view, window=window, **options)[0]
+  q_BKGTH, k_BKSH, v_BKSH = _heads_first(q_BTNH, k_BSKH, v_BSKH)
   out = []
   for start in range(0, T, size):
     stop = start + size
@@ -89,9 +75,46 @@ def attend_causal(q_BTNH, k_BSKH, v_BSKH, view: View, *, window, **options):
     segments = {} if view.segment_BT is None else dict(
         segment_BT=view.segment_BT[:, start:stop], key_segment_BS=view.key_segment_BS[:, first:stop])
     part = View('causal', jnp.arange(start, stop)[None], jnp.arange(first, stop)[None], **segments)
-    out.append(attend_xla(q_BTNH[:, start:stop], k_BSKH[:, first:stop], v_BSKH[:, first:stop], part, window=window,
-                          **options)[0])
-  return jnp.concatenate(out, 1)
+    out.append(_attend(q_BKGTH[..., start:stop, :], k_BKSH[:, :, first:stop], v_BKSH[:, :, first:stop], part,
+                       window=window, **options)[0])
+  return _heads_last(jnp.concatenate(out, 3))
+
+
+def _attend(q_BKGTH, k_BKSH, v_BKSH, view: View, *, window, scale, softcap, slopes_N=None):
+  """(o_BKGTH, weight_BKGTS). The softmax's sum divides the output, which is smaller than the weights, and the largest
+  score is a constant to the gradient: both leave one pass over the weights fewer, as in arXiv 2205.14135."""
+  (K, G, T), S = q_BKGTH.shape[1:4], k_BKSH.shape[2]
+  score_BKGTS = layers.settle(
+      jnp.einsum('BKGTH,BKSH->BKGTS', q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)) * scale
+  if softcap:
+    score_BKGTS = softcap * jnp.tanh(score_BKGTS / softcap)
+  if slopes_N is not None:
+    q = (jnp.arange(T)[None] if view.position_BT is None else view.position_BT)[:, None, None, :, None]
+    k = (jnp.arange(S)[None] if view.key_position_BS is None else view.key_position_BS)[:, None, None, None, :]
+    score_BKGTS = score_BKGTS - jnp.asarray(slopes_N).reshape(1, K, G, 1, 1) * jnp.abs(q - k)
+  mask = visible(view, window, T, S)
+  if mask is not None:
+    score_BKGTS = jnp.where(mask[:, None, None], score_BKGTS, -1e30)   # finite: a row that sees nothing is no NaN
+  weight_BKGTS = jnp.exp(score_BKGTS - jax.lax.stop_gradient(score_BKGTS.max(-1, keepdims=True)))
+  sum_BKGT1 = weight_BKGTS.sum(-1, keepdims=True)
+  if view.key_segment_BS is not view.segment_BT:           # cross-attention: a document may have an empty source
+    weight_BKGTS = jnp.where(mask[:, None, None], weight_BKGTS, 0.0)
+  o_BKGTH = jnp.einsum('BKGTS,BKSH->BKGTH', weight_BKGTS.astype(v_BKSH.dtype), v_BKSH,
+                       preferred_element_type=jnp.float32) / sum_BKGT1
+  return o_BKGTH.astype(v_BKSH.dtype), weight_BKGTS / sum_BKGT1
+
+
+def _heads_first(q_BTNH, k_BSKH, v_BSKH):
+  """[B, K, G, T, H], [B, K, S, H] twice: what batched products read in place."""
+  B, T, N, H = q_BTNH.shape
+  K = k_BSKH.shape[2]
+  q_BKGTH = q_BTNH.swapaxes(1, 2).reshape(B, K, N // K, T, H)
+  return layers.settle((q_BKGTH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)))
+
+
+def _heads_last(o_BKGTH):
+  B, K, G, T, H = o_BKGTH.shape
+  return o_BKGTH.reshape(B, K * G, T, H).swapaxes(1, 2)
 
 
 def attend_cudnn(q_BTNH, k_BSKH, v_BSKH, view: View, *, window, scale):
@@ -209,31 +232,31 @@ class Attention(nnx.Module):
     if cfg.value_skips:
       self.value_mix_K = nnx.Param(jnp.full(K, 0.5, jnp.float32))
 
-  def keys_values(self, x_BSD, rope):
-    """k_BSKH and v_BSKH of a sequence; rope is a table from layers.rope_table, or None."""
-    k_BSKH = layers.project('BSD,DKH->BSKH', x_BSD, self.w_k_DKH[...])
-    v_BSKH = layers.project('BSD,DKH->BSKH', x_BSD, self.w_v_DKH[...])
+  def heads(self, x_BTD, rope, memory_BSD=None):
+    """q_BTNH, k_BSKH and v_BSKH, the last two of memory_BSD where it is given; rope is a layers.rope_table, or None."""
+    w_q, w_k, w_v = self.w_q_DNH[...], self.w_k_DKH[...], self.w_v_DKH[...]
+    if memory_BSD is None:
+      q_BTNH, k_BSKH, v_BSKH = layers.project('BTD,DNH->BTNH', x_BTD, w_q, w_k, w_v)
+    else:
+      q_BTNH, = layers.project('BTD,DNH->BTNH', x_BTD, w_q)
+      k_BSKH, v_BSKH = layers.project('BSD,DKH->BSKH', memory_BSD, w_k, w_v)
     if self.cfg.attention_bias:
+      q_BTNH = layers.add_bias(q_BTNH, self.b_q_NH)
       k_BSKH, v_BSKH = layers.add_bias(k_BSKH, self.b_k_KH), layers.add_bias(v_BSKH, self.b_v_KH)
     if self.cfg.qk_norm != 'none':
-      k_BSKH = self.norm_k(k_BSKH)
-    return (layers.rotate(k_BSKH, rope) if rope is not None else k_BSKH), v_BSKH
+      q_BTNH, k_BSKH = self.norm_q(q_BTNH), self.norm_k(k_BSKH)
+    if rope is not None:
+      q_BTNH, k_BSKH = layers.rotate(q_BTNH, rope), layers.rotate(k_BSKH, rope)
+    return q_BTNH, k_BSKH, v_BSKH
 
   def mix_values(self, v_BSKH, first_BSKH):
     """Values mixed with the first layer's (value residual, arXiv 2410.17897); the mix starts at one half."""
     mix_K = self.value_mix_K[...].astype(v_BSKH.dtype)[None, None, :, None]
     return (1 - mix_K) * v_BSKH + mix_K * first_BSKH
 
-  def __call__(self, x_BTD, k_BSKH, v_BSKH, view: View, rope, kernel: str, tap=None):
-    """Queries from x_BTD over the given keys and values -> [B, T, D]. tap(name, array) receives the weights."""
+  def __call__(self, q_BTNH, k_BSKH, v_BSKH, view: View, kernel: str, tap=None):
+    """Attention of queries over keys and values -> [B, T, D]. tap(name, array) receives the weights."""
     cfg = self.cfg
-    q_BTNH = layers.project('BTD,DNH->BTNH', x_BTD, self.w_q_DNH[...])
-    if cfg.attention_bias:
-      q_BTNH = layers.add_bias(q_BTNH, self.b_q_NH)
-    if cfg.qk_norm != 'none':
-      q_BTNH = self.norm_q(q_BTNH)
-    if rope is not None:
-      q_BTNH = layers.rotate(q_BTNH, rope)
     scale = cfg.attention_scale or cfg.head_dim**-0.5
     common = dict(window=self.window, scale=scale)
     if kernel == 'cudnn':
@@ -248,7 +271,7 @@ class Attention(nnx.Module):
       else:
         o_BTNH, weight_BNTS = attend_xla(q_BTNH, k_BSKH, v_BSKH, view, **options)
         tap('attention_weights', weight_BNTS)
-    y_BTD = layers.project('BTNH,NHD->BTD', shard(o_BTNH, 'BTNH'), self.w_o_NHD[...])
+    y_BTD, = layers.project('BTNH,NHD->BTD', shard(o_BTNH, 'BTNH'), self.w_o_NHD[...])
     return layers.add_bias(y_BTD, self.b_o_D) if cfg.attention_out_bias else y_BTD
 
 

@@ -52,30 +52,60 @@ def _trailing(w, ndim):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def project(spec: str, x, w):
-  """jnp.einsum(spec, x, w) of an activation and a weight, e.g. 'BTD,DF->BTF', with a backward pass for XLA:CPU.
+def project(spec: str, x, *ws):
+  """[jnp.einsum(spec, x, w) for w in ws]: an activation and the weights that read it, e.g. 'BTD,DF->BTF'.
 
-  Both operands of the weight's gradient are materialised, and the smaller one is transposed; then comes the input's
-  gradient, for two products at once on the same cores are slower than one after the other.
+  On one CPU device they are one product of two matrices, with weights joined and transposed ahead (a loop over
+  microbatches does that once), and in the backward pass first the weights' gradient, then the input's: two products at
+  once on the same cores are slower than one after the other.
   """
-  return jnp.einsum(spec, x, w)
+  return _project_fwd(spec, x, *ws)[0]
 
 
-def _project_bwd(spec, saved, g):
-  x, w = saved
+def _project_fwd(spec, x, *ws):
+  return (_products(x, ws) if _on_one_cpu() else [jnp.einsum(spec, x, w) for w in ws]), (x, ws)
+
+
+def _project_bwd(spec, saved, gs):
+  x, ws = saved
+  if _on_one_cpu():
+    return _products_bwd(x, ws, gs)
   inputs, out = spec.split('->')
   in_x, in_w = inputs.split(',')
-  g, x = settle((g, x))
-  (first, a), (second, b) = sorted(((in_x, x), (out, g)), key=lambda pair: pair[1].size)
-  shared = [letter for letter in first if letter in second]
-  axes = [first.index(letter) for letter in shared], [second.index(letter) for letter in shared]
-  dw = jax.lax.dot_general(a, b, (axes, ((), ())))       # einsum would choose the order itself
-  dw, g = settle((dw, g))
-  made = [letter for letter in first + second if letter not in shared]
-  return jnp.einsum(f'{out},{in_w}->{in_x}', g, w), dw.transpose([made.index(letter) for letter in in_w])
+  dx = sum(jnp.einsum(f'{out},{in_w}->{in_x}', g, w) for g, w in zip(gs, ws))
+  return dx, *(jnp.einsum(f'{in_x},{out}->{in_w}', x, g) for g in gs)
 
 
-project.defvjp(lambda spec, x, w: (jnp.einsum(spec, x, w), (x, w)), _project_bwd)
+project.defvjp(_project_fwd, _project_bwd)
+
+
+def _on_one_cpu() -> bool:
+  mesh = jax.sharding.get_abstract_mesh()        # on a mesh joined weights would be split otherwise than each alone
+  return jax.default_backend() == 'cpu' and (mesh.empty or mesh.size == 1)
+
+
+def _products(x_BTI, ws):
+  """x [B, T, ...] and weights whose leading axes are x's last ones."""
+  B, T, *inner = x_BTI.shape
+  y_MO = x_BTI.reshape(B * T, -1) @ settle(_join(ws, len(inner)))
+  return [y.reshape(B, T, *w.shape[len(inner):]) for y, w in zip(_split(y_MO, ws, len(inner)), ws)]
+
+
+def _products_bwd(x_BTI, ws, gs):
+  B, T, *inner = x_BTI.shape
+  g_MO, x_MI = settle((_join(gs, 2), x_BTI.reshape(B * T, -1)))
+  dw_IO, g_MO = settle((settle(x_MI.T) @ g_MO, g_MO))
+  dx_MI = g_MO @ settle(_join(ws, len(inner)).T)
+  return dx_MI.reshape(x_BTI.shape), *(dw.reshape(w.shape) for dw, w in zip(_split(dw_IO, ws, len(inner)), ws))
+
+
+def _join(arrays, axis):
+  """Each as a matrix whose rows are its axes before `axis`, side by side."""
+  return jnp.concatenate([a.reshape(math.prod(a.shape[:axis]), -1) for a in arrays], 1)
+
+
+def _split(joined, ws, axis):
+  return jnp.split(joined, np.cumsum([math.prod(w.shape[axis:]) for w in ws])[:-1], 1)
 
 
 def add_bias(x, bias):
@@ -98,15 +128,15 @@ class Mlp(nnx.Module):
       self.b_down_D = nnx.Param(jnp.zeros(D))
 
   def __call__(self, x_BTD):
-    h_BTF = project('BTD,DF->BTF', x_BTD, self.w_up_DF[...])
+    gated = [self.w_gate_DF[...]] if hasattr(self, 'w_gate_DF') else []
+    h_BTF, *gate = project('BTD,DF->BTF', x_BTD, self.w_up_DF[...], *gated)
     if hasattr(self, 'b_up_F'):
       h_BTF = add_bias(h_BTF, self.b_up_F)
-    if hasattr(self, 'w_gate_DF'):
-      gate_BTF = project('BTD,DF->BTF', x_BTD, self.w_gate_DF[...])
-      h_BTF = h_BTF * ACTIVATIONS[self.kind](gate_BTF)
+    if gate:
+      h_BTF = h_BTF * ACTIVATIONS[self.kind](gate[0])
     else:
       h_BTF = settle(ACTIVATIONS[self.kind](h_BTF))
-    y_BTD = project('BTF,FD->BTD', shard(h_BTF, 'BTF'), self.w_down_FD[...])
+    y_BTD, = project('BTF,FD->BTD', shard(h_BTF, 'BTF'), self.w_down_FD[...])
     return add_bias(y_BTD, self.b_down_D) if hasattr(self, 'b_down_D') else y_BTD
 
 

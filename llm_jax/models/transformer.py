@@ -66,14 +66,15 @@ class Block(nnx.Module):
 
     h_BTD = self.norm_attention(x_BTD) if hasattr(self, 'norm_attention') else x_BTD
     rope = context.rope_local if self.window and context.rope_local is not None else context.rope
-    k_BSKH, v_BSKH = self.attention.keys_values(h_BTD, rope)
+    with jax.named_scope('attention'):
+      q_BTNH, k_BSKH, v_BSKH = self.attention.heads(h_BTD, rope)
     if cfg.value_skips:
       first_v_BTKH = v_BSKH if first_v_BTKH is None else jnp.where(layer == 0, v_BSKH, first_v_BTKH)
       v_BSKH = self.attention.mix_values(v_BSKH, first_v_BTKH)
     if cache is not None:
       cache = k_BSKH, v_BSKH = extend(cache, k_BSKH, v_BSKH)
     with jax.named_scope('attention'):
-      a_BTD = self.attention(h_BTD, k_BSKH, v_BSKH, context.view, rope, context.kernel, tap)
+      a_BTD = self.attention(q_BTNH, k_BSKH, v_BSKH, context.view, context.kernel, tap)
     start_BTD = x_BTD
     x_BTD = self._residual(x_BTD, a_BTD, 'norm_attention_out', key, 0)
     if hasattr(self, 'cross_attention'):
@@ -90,8 +91,8 @@ class Block(nnx.Module):
   def _cross(self, x_BTD, context, key):
     h_BTD = self.norm_cross(x_BTD) if hasattr(self, 'norm_cross') else x_BTD
     with jax.named_scope('cross_attention'):
-      k_BSKH, v_BSKH = self.cross_attention.keys_values(context.memory_BSD, None)
-      c_BTD = self.cross_attention(h_BTD, k_BSKH, v_BSKH, context.memory_view, None, 'xla')
+      heads = self.cross_attention.heads(h_BTD, None, context.memory_BSD)
+      c_BTD = self.cross_attention(*heads, context.memory_view, 'xla')
     return self._residual(x_BTD, c_BTD, 'norm_cross_out', key, 2)
 
   def _residual(self, x_BTD, y_BTD, norm: str, key, part: int):
