@@ -101,7 +101,7 @@ def get_config():
       steps=0,                          # 0: as many as fit in `minutes`
       minutes=5.0,                      # > 0: wall-clock budget of the training loop (steps then cap it)
       batch_size=8,                     # B: sequences per step, over all devices
-      accumulate=0,                     # microbatches per step; 0: on a CPU so many that each has 1,024 tokens, else 1
+      accumulate=0,                     # microbatches per step; 0: on a CPU of <= 1,024 tokens (1 with dropout), else 1
       accumulate_dtype='float32',       # float32 | bfloat16: in which microbatches' gradients are summed
       seed=0,                           # of the parameters, the order of the data and dropout
       objective='causal',               # causal | prefix | masked | span

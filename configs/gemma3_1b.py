@@ -18,6 +18,7 @@ def get_config():
   config.train.loss_chunk = 256
   config.optimizer.name, config.optimizer.learning_rate, config.optimizer.schedule = 'adamw', 4e-4, 'cosine'
   config.optimizer.warmup_steps, config.optimizer.final_fraction = 1000, 0.1
+  config.mesh.distributed = True                   # a v5e-16 slice is four hosts
   config.checkpoint.every, config.eval.every = 1000, 1000
   config.eval.prompts, config.eval.samples, config.eval.python = ('The meaning of life is',), 0, False
   return config

@@ -1,10 +1,10 @@
 """Llama 3 8B (arXiv 2407.21783) at 8,192 tokens of context.
 
-  python -m llm_jax.main --config=configs/llama3_8b.py --workdir=gs://BUCKET/llama3_8b \
+  python -m llm_jax.main --config=configs/llama3_8b.py --workdir=/mnt/BUCKET/llama3_8b \
       --config.data.path='/data/web/*.parquet' --config.tokenizer.path=/data/llama3/tokenizer.json
 
 Hardware: a TPU v5p-128 slice (64 chips), fsdp 64: 256 sequences, 2.1 million tokens a step. On 8 x H100 add
---config.train.batch_size=64 --config.train.accumulate=8. Not run here: no figures of ours.
+--config.mesh.distributed=False --config.train.batch_size=64 --config.train.accumulate=8. Not run here: no figures.
 """
 import base
 

@@ -5,7 +5,6 @@
 Rounds alternate between ours and the peer's, so that a machine whose speed drifts slows both; medians are printed.
 Results that were kept are in docs/benchmarks.md. The peer needs the `parity` extra.
 """
-import argparse
 import os
 import platform
 import statistics
@@ -178,19 +177,16 @@ def hardware() -> str:
   return f'{device.device_kind}, {len(os.sched_getaffinity(0))} cores {platform.machine()}'
 
 
-def main(argv=None) -> None:
-  parser = argparse.ArgumentParser(prog='python -m llm_jax.bench', description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> None:
+  parser = config_lib.Parser('llm_jax.bench', __doc__)
   parser.add_argument('what', choices=('train',))
   parser.add_argument('--peer', choices=('none', 'torch'), default='none')
   parser.add_argument('--compiled', action='store_true', help='also torch.compile (slow to start)')
   parser.add_argument('--dtype', default='auto', choices=('auto', 'float32', 'bfloat16'))
   for name, value in SIZES.items():
     parser.add_argument(f'--{name}', type=int, default=value)
-  parser.add_argument('--debug', action='store_true')
-  flags = parser.parse_args(argv)
-  with config_lib.one_line_errors(flags.debug):
-    train(flags)
+  with config_lib.one_line_errors('--debug' in argv):
+    train(parser.parse_args(argv))
 
 
 if __name__ == '__main__':

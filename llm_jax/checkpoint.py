@@ -4,7 +4,6 @@ RUN/checkpoints/STEP/ holds state/{params,ema,train}/ (Orbax), meta.json (config
 dtype), tokenizer/, and manifest.json (size and sha256 of every file), written last: a step without it does not exist.
 A copied STEP folder is enough to sample from. `python -m llm_jax.checkpoint ls|verify RUN`.
 """
-import argparse
 import concurrent.futures
 import contextlib
 import datetime
@@ -157,6 +156,15 @@ def steps(workdir) -> list[int]:
 def latest_step(workdir) -> int | None:
   """The newest complete step, or None; empty, half-written and truncated step folders do not count."""
   return next((int(f.name) for f in reversed(_folders(_path(workdir))) if not problem(f)), None)
+
+
+def require_one_sound(workdir) -> None:
+  """Raises ConfigError where a run has checkpoints and every one is damaged: starting again would write over it."""
+  why = {folder.name: problem(folder) for folder in _folders(_path(workdir)) if (folder / 'manifest.json').exists()}
+  if why and all(why.values()):
+    reasons = '; '.join(f'step {n}: {w}' for n, w in why.items())
+    raise ConfigError(f'{workdir}: every checkpoint is damaged ({reasons}); put a good copy back, or name another '
+                      '--workdir')
 
 
 def problem(folder) -> str:
@@ -402,13 +410,12 @@ def _list(names) -> str:
   return ', '.join(map(str, names[:20])) + (f' and {len(names) - 20} more' if len(names) > 20 else '')
 
 
-def main(argv=None) -> None:
-  parser = argparse.ArgumentParser(prog='python -m llm_jax.checkpoint', description='Lists or verifies checkpoints.')
+def main(argv: list[str]) -> None:
+  parser = config_lib.Parser('llm_jax.checkpoint', 'Lists or verifies checkpoints.')
   parser.add_argument('command', choices=('ls', 'verify'))
   parser.add_argument('run', help='a run directory')
-  parser.add_argument('--debug', action='store_true', help='show where an error came from')
-  flags = parser.parse_args(argv)
-  with config_lib.one_line_errors(flags.debug):
+  with config_lib.one_line_errors('--debug' in argv):
+    flags = parser.parse_args(argv)
     run = _path(flags.run)
     folders = _folders(run) or [_open(run, None)[0]]
     bad = 0
@@ -416,7 +423,7 @@ def main(argv=None) -> None:
     for folder in folders:
       why = verify(folder) if flags.command == 'verify' else problem(folder)
       bad += bool(why)
-      meta = _read_json(folder / 'meta.json') if (folder / 'meta.json').exists() and not why else {'time': '-'}
+      meta = {'time': '-'} if why else _read_meta(folder)
       size = sum(path.stat().length for _, path in _files(folder)) / 1e6
       sound = 'verified' if flags.command == 'verify' else 'complete'
       print(f'{folder.name:>10}{size:>10.1f}  {meta["time"]:<25}  {why or sound}')
@@ -425,4 +432,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == '__main__':
-  main()
+  main(sys.argv[1:])

@@ -4,6 +4,7 @@ means is written in configs/base.py.
 
 `ConfigError` is the one exception for what a user can put right: commands print it as one line and exit with status 2.
 """
+import argparse
 import ast
 import contextlib
 import dataclasses
@@ -280,7 +281,7 @@ def _literal(key, text, kind):
     return text.lower() in ('true', '1')
   try:
     value = ast.literal_eval(text)
-  except (ValueError, SyntaxError):
+  except (ValueError, SyntaxError, TypeError):
     value = text
   if kind is float and type(value) is int:
     value = float(value)
@@ -296,7 +297,7 @@ def _literal(key, text, kind):
 
 def build(config: ConfigDict) -> Config:
   """The frozen, validated Config of a ConfigDict. Raises ConfigError naming the key and the nearest right one."""
-  return check(_build(Config, config.to_dict() if isinstance(config, ConfigDict) else dict(config), ''))
+  return check(_build(Config, config.to_dict() if isinstance(config, ConfigDict) else config, ''))
 
 
 def _build(cls, values, prefix):
@@ -339,6 +340,8 @@ def check(config: Config) -> Config:
     for name, value in vars(getattr(config, group)).items():
       if isinstance(value, int | float) and not 0 <= value < math.inf:
         raise ConfigError(f'config.{group}.{name}: expected 0 or more, got {value}')
+      if isinstance(value, int) and value >= 2**31 - 1:
+        raise ConfigError(f'config.{group}.{name}: expected less than 2**31 - 1, got {value}')
   for key in (*AT_MOST_1, *BELOW_1):
     if get(key) > 1 or key in BELOW_1 and get(key) == 1:
       raise ConfigError(f'config.{key}: expected {"less than" if key in BELOW_1 else "at most"} 1, got {get(key)}')
@@ -372,8 +375,10 @@ def check(config: Config) -> Config:
   if (d.source == 'mixture') != bool(d.mixture):
     raise ConfigError(f"config.data.mixture: expected sources exactly when data.source='mixture', got {d.mixture}")
   for i, s in enumerate(d.mixture):
-    if s.source not in CHOICES['data.source'][:-1] or s.weight <= 0:
+    if s.source not in CHOICES['data.source'][:-1] or not 0 < s.weight < math.inf:
       raise ConfigError(f'config.data.mixture[{i}]: expected a known source and a positive weight, got {s}')
+    if s.source != 'stdlib' and not s.path:
+      raise ConfigError(f'config.data.mixture[{i}].path: source {s.source!r} needs a path')
   if d.source not in ('stdlib', 'mixture') and not d.path:
     raise ConfigError(f'config.data.path: source {d.source!r} needs a path')
   if d.valid == 'given' and not d.valid_path:
@@ -384,12 +389,14 @@ def check(config: Config) -> Config:
     raise ConfigError("config.tokenizer.path: tokenizer.kind='hf' needs a tokenizer.json")
   if config.log.profile and not _is_range(config.log.profile):
     raise ConfigError(f"config.log.profile: expected 'first:last' steps such as '10:13', got {config.log.profile!r}")
+  if config.log.profile and not t.minutes and int(config.log.profile.partition(':')[0]) >= t.steps:
+    raise ConfigError(f'config.log.profile: {config.log.profile!r} starts after the last of {t.steps} steps')
   return config
 
 
 def _is_range(text):
   first, _, last = text.partition(':')
-  return first.isdigit() and last.isdigit() and int(first) < int(last)
+  return first.isdecimal() and last.isdecimal() and int(first) < int(last)
 
 
 def derive(model: Model, vocab_size: int = 0, length: int = 0) -> Model:
@@ -432,3 +439,22 @@ def one_line_errors(debug: bool = False):
     text = str(e) if isinstance(e, ConfigError) else f'{e.filename or "file"}: {e.strerror or e}'
     print('error: ' + ' '.join(text.split()) + ('' if debug else '  (--debug shows where)'), file=sys.stderr)
     raise SystemExit(2) from None
+
+
+class Parser(argparse.ArgumentParser):
+  """Flags of a command, --debug among them: an error is a ConfigError that names the nearest flag."""
+
+  def __init__(self, prog: str, description: str):
+    super().__init__(prog=f'python -m {prog}', description=description, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    self.add_argument('--debug', action='store_true', help='show where an error came from')
+
+  def error(self, message):
+    raise ConfigError(message)
+
+  def parse_args(self, args=None, namespace=None):
+    flags, unknown = self.parse_known_args(args, namespace)
+    if unknown:
+      known = [s for action in self._actions for s in action.option_strings if s.startswith('--')]
+      raise ConfigError(f'unknown flag {unknown[0]}{nearest(unknown[0].partition("=")[0], known)}')
+    return flags

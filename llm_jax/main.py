@@ -25,7 +25,9 @@ def parse(args: list[str]):
     name, equals, value = flag.removeprefix('--').partition('=')
     if not flag.startswith('--'):
       raise ConfigError(f'unexpected argument {flag!r}; flags are --config, --config.group.key, --workdir, --debug')
-    if name == 'debug' and not equals:
+    if name == 'debug':
+      if equals:
+        raise ConfigError(f'--debug: takes no value, got {value!r}')
       values['debug'] = True
       continue
     if not name.startswith('config.') and name not in values:

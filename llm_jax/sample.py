@@ -2,7 +2,7 @@
 
 Prompts and texts go to stdout, everything else to stderr.
 """
-import argparse
+import contextlib
 import os
 import sys
 
@@ -10,23 +10,8 @@ from llm_jax import config as config_lib
 from llm_jax.config import ConfigError
 
 
-class Parser(argparse.ArgumentParser):
-  """argparse whose errors are one line that names the nearest flag."""
-
-  def error(self, message):
-    raise ConfigError(message)
-
-  def parse_args(self, args=None, namespace=None):
-    flags, unknown = self.parse_known_args(args, namespace)
-    if unknown:
-      known = [s for action in self._actions for s in action.option_strings if s.startswith('--')]
-      raise ConfigError(f'unknown flag {unknown[0]}{config_lib.nearest(unknown[0].partition("=")[0], known)}')
-    return flags
-
-
 def parse(args):
-  parser = Parser(prog='python -m llm_jax.sample', description=__doc__, allow_abbrev=False,
-                  formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = config_lib.Parser('llm_jax.sample', __doc__)
   parser.add_argument('--model', required=True, help='a run directory, or one of its checkpoints/STEP folders')
   parser.add_argument('--prompt', action='append', help="text to continue; may be repeated; '-' reads stdin")
   parser.add_argument('--max_tokens', type=int, default=128)
@@ -40,8 +25,9 @@ def parse(args):
   parser.add_argument('--n', type=int, default=1, help='samples per prompt')
   parser.add_argument('--stream', action='store_true', help='print the text as it comes (one prompt, n=1)')
   parser.add_argument('--step', type=int, help='the checkpoint; default: the newest')
+  parser.add_argument('--fsdp', type=int, default=1, help='devices that share parameters and prompts')
+  parser.add_argument('--tensor', type=int, default=1, help='devices that share each matrix and its heads')
   parser.add_argument('--ema', action='store_true', help="the parameters' moving average, where the run keeps one")
-  parser.add_argument('--debug', action='store_true', help='show where an error came from')
   return parser.parse_args(args)
 
 
@@ -80,7 +66,29 @@ def run(flags) -> None:
   from llm_jax import api
   from llm_jax.generate import sampling
   sampling.Options(**options)                # a wrong option fails before the model is read
-  model = api.load(flags.model, flags.step, flags.ema)
+  with mesh(flags.fsdp, flags.tensor):
+    results = generate(api.load(flags.model, flags.step, flags.ema), prompts, flags, options)
+  made = sum(len(r.tokens) for r in results)
+  seconds = max(r.seconds for r in results)
+  print(f'{made} tokens in {seconds:.2f} s ({made / max(seconds, 1e-9):,.0f} tok/s after compiling)', file=sys.stderr)
+
+
+def mesh(fsdp: int, tensor: int):
+  """A context in which a model is spread over the first fsdp x tensor devices; none is needed for one."""
+  if fsdp == tensor == 1:
+    return contextlib.nullcontext()
+  import jax
+
+  from llm_jax import sharding
+  if fsdp < 1 or tensor < 1 or fsdp * tensor > jax.device_count():
+    raise ConfigError(f'--fsdp={fsdp} --tensor={tensor}: expected positive numbers whose product is at most the '
+                      f'{jax.device_count()} devices here')
+  return jax.set_mesh(sharding.make_mesh(config_lib.Mesh(fsdp=fsdp, tensor=tensor), jax.devices()[:fsdp * tensor]))
+
+
+def generate(model, prompts, flags, options) -> list:
+  """Writes the texts to stdout and returns the results, in the order of the prompts."""
+  from llm_jax.generate import sampling
   sys.stdout.reconfigure(errors='backslashreplace')    # a terminal that is not UTF-8
   write = lambda text: print(shown(text), end='', flush=True)
   if flags.stream:
@@ -92,9 +100,7 @@ def run(flags) -> None:
   else:
     for i, result in enumerate(results):
       write(('=' * 20 + '\n' if i else '') + prompts[i // flags.n] + result.text + '\n')
-  made = sum(len(r.tokens) for r in results)
-  seconds = max(r.seconds for r in results)
-  print(f'{made} tokens in {seconds:.2f} s ({made / max(seconds, 1e-9):,.0f} tok/s after compiling)', file=sys.stderr)
+  return results
 
 
 if __name__ == '__main__':

@@ -95,9 +95,24 @@ def named(mesh: jax.sharding.Mesh, specs):
   return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, P))
 
 
+def local_rows(rows: int, mesh: jax.sharding.Mesh) -> tuple[int, int]:
+  """(first, stop) of the rows of a global batch that this process's devices hold; where the tensor axis spans hosts,
+  several hold the same."""
+  ways = axis_size(mesh, ACT['B'])
+  held = NamedSharding(mesh, P(ACT['B'])).addressable_devices_indices_map((ways,)).values()
+  parts = sorted({i for (part,) in held for i in range(*part.indices(ways))})
+  if parts != list(range(parts[0], parts[-1] + 1)):
+    raise ConfigError('config.mesh: the devices of a host hold rows that are not next to each other; make tensor x '
+                      'context a multiple of its devices, or a divisor')
+  return parts[0] * rows // ways, (parts[-1] + 1) * rows // ways
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-  """This process's rows of a batch (names end in their dims) as global arrays, rows over (data, fsdp)."""
+  """This process's rows (local_rows) of a batch (names end in their dims) as global arrays, over (data, fsdp)."""
+  ways = axis_size(mesh, ACT['B'])
+  first, stop = local_rows(ways, mesh)
+
   def put(name, x):
     sharding = NamedSharding(mesh, spec(name.rsplit('_', 1)[1], {'B': ACT['B'], 'T': 'context'}))
-    return jax.make_array_from_process_local_data(sharding, x)
+    return jax.make_array_from_process_local_data(sharding, x, (x.shape[0] * ways // (stop - first), *x.shape[1:]))
   return {name: put(name, x) for name, x in batch.items()}

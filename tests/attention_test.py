@@ -11,7 +11,8 @@ from tiny import model, params, quick_jit
 from llm_jax import sharding
 from llm_jax.config import ConfigError, Mesh
 from llm_jax.models import attention, transformer
-from llm_jax.models.attention import View, attend_cudnn, attend_splash, attend_xla, choose
+from llm_jax.models.attention import BLOCK, View, attend_causal, attend_cudnn, attend_splash, attend_xla, choose
+from llm_jax.models.layers import alibi_slopes
 
 SEGMENT_BT = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 0, 0]])      # two documents of five tokens, two of padding
 POSITION_BT = np.array([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]])
@@ -120,6 +121,41 @@ def test_splash_is_xla(name):
     got = value_and_grads(splash)
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+BLOCKS = {
+    'causal': {}, 'window': dict(window=40), 'window longer than a block': dict(window=200),
+    'segments, softcap': dict(segments=True, softcap=3.0), 'window, segments': dict(window=150, segments=True),
+    'alibi': dict(alibi=True)}
+
+
+@pytest.mark.parametrize('name', BLOCKS)
+def test_blocks_of_queries_are_the_whole(name):
+  """Outputs and gradients; and across documents the gradients are zero to the bit."""
+  case = dict(window=0, softcap=0.0, segments=False, alibi=False) | BLOCKS[name]
+  T = 3 * BLOCK
+  operands = qkv(2, T, 4, 2, 8)
+  weight = np.random.default_rng(1).normal(size=operands[0].shape)
+  lengths = [100, 90, T - 200, 10]                               # documents that blocks cut, and padding
+  segment_BT = np.repeat([[1, 2, 3, 0]], 2, 0).repeat(lengths, 1).astype(np.int32) if case['segments'] else None
+  view = View('causal', segment_BT=segment_BT, key_segment_BS=segment_BT)
+  options = dict(window=case['window'], scale=0.3, softcap=case['softcap'],
+                 slopes_N=alibi_slopes(4) if case['alibi'] else None)
+
+  def value_and_grads(kernel, weight):
+    def loss(q, k, v):
+      o_BTNH = kernel(q, k, v, view, **options)
+      return (o_BTNH * weight).sum(), o_BTNH
+    return quick_jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*operands)
+
+  want = value_and_grads(lambda *a, **o: attend_xla(*a, **o)[0], weight)
+  for a, b in zip(jax.tree.leaves(value_and_grads(attend_causal, weight)), jax.tree.leaves(want)):
+    np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
+  if case['segments']:
+    second = np.repeat([[0, 1, 0, 0]], 2, 0).repeat(lengths, 1)[..., None, None]
+    (_, dk, dv), _ = value_and_grads(attend_causal, weight * second)
+    for d in (dk, dv):
+      assert np.abs(d * second).max() > 0 and not (d * (1 - second)).any()
 
 
 def test_weights_are_probabilities_and_softcap_bounds_the_scores():

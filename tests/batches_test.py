@@ -110,6 +110,12 @@ def test_simple_weights_have_exact_short_periods():
   assert Mixture([3.]).period == 1
 
 
+@pytest.mark.parametrize('weights, temperature', [([3, 1], 1e-3), ([1e300, 1e-300], 1.0), ([1e300, 1], 1e-9)])
+def test_extreme_weights_keep_every_source(weights, temperature):
+  mixture = Mixture(weights, temperature)
+  assert mixture.count[0] > 1000 and mixture.count[1] == 1
+
+
 @pytest.mark.parametrize('packing,objective', OBJECTIVES)
 def test_shapes_dtypes_and_repeatability(packing, objective):
   batches = make(objective, packing=packing)

@@ -47,9 +47,10 @@ def test_the_peer_computes_our_loss_and_learns_as_we_do():
   assert transformer.count(params) == sum(p.numel() for p in peer.model.parameters())
 
 
-@pytest.mark.parametrize('flags, text', [(['--layers=0'], 'layers'), (['--width=65'], 'width')])
-def test_bad_sizes_are_one_line(flags, text, capsys):
+@pytest.mark.parametrize('flags, text', [(['--layers=0'], 'layers'), (['--width=65'], 'width'),
+                                         (['--peer=tf'], '--peer'), (['--pear=torch'], '--peer')])
+def test_bad_flags_are_one_line(flags, text, capsys):
   with pytest.raises(SystemExit) as stopped:
     bench.main(['train', *flags])
   err = capsys.readouterr().err
-  assert stopped.value.code == 2 and text in err and 'Traceback' not in err
+  assert stopped.value.code == 2 and text in err and len(err.splitlines()) == 1

@@ -335,10 +335,21 @@ def test_what_is_not_a_run_directory_is_said_in_one_line(tmp_path, capsys):
   fails('tokenizer: no such folder', checkpoint.Checkpointer, tmp_path, 1, CONFIG)
   (tmp_path / 'checkpoints').mkdir()
   fails('no complete checkpoint.*empty', checkpoint.restore, tmp_path)
-  with pytest.raises(SystemExit) as e:
-    checkpoint.main(['ls', str(tmp_path / 'nowhere')])
-  assert e.value.code == 2
-  assert len(capsys.readouterr().err.splitlines()) == 1
+  for args in (['ls', str(tmp_path / 'nowhere')], ['list', str(tmp_path)], ['ls', str(tmp_path), '--debag']):
+    with pytest.raises(SystemExit) as e:
+      checkpoint.main(args)
+    assert e.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_run_with_nothing_but_damaged_checkpoints_is_not_started_again(run):
+  checkpoint.require_one_sound(run)
+  save(run, 1, 2)
+  checkpoint.require_one_sound(run)
+  for folder in (run / 'checkpoints').iterdir():
+    payload = max((p for p in (folder / 'state').rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
+    payload.write_bytes(payload.read_bytes()[:-1])
+  fails('every checkpoint is damaged .step .*put a good copy back', checkpoint.require_one_sound, run)
 
 
 KILLED = '''

@@ -1,6 +1,7 @@
 """What a config file and a command line may say, and the one line that comes of what they may not."""
 import dataclasses
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -79,11 +80,16 @@ def test_a_wrong_key_type_or_choice_names_itself_and_the_nearest(groups, key, hi
     (dict(data=dict(source='mixture')), 'config.data.mixture'),
     (dict(data=dict(mixture=({'path': 'x'},))), 'config.data.mixture'),
     (dict(data=dict(source='mixture', mixture=({'weight': 0.0},))), 'config.data.mixture[0]'),
+    (dict(data=dict(source='mixture', mixture=({'source': 'text'},))), 'config.data.mixture[0].path'),
+    (dict(data=dict(source='mixture', mixture=({'weight': math.inf},))), 'config.data.mixture[0]'),
     (dict(data=dict(source='text')), "config.data.path: source 'text' needs a path"),
     (dict(data=dict(valid='given')), 'config.data.valid_path'),
     (dict(data=dict(valid_fraction=0.0)), 'config.data.valid_fraction'),
     (dict(tokenizer=dict(kind='hf')), 'config.tokenizer.path'),
     (dict(log=dict(profile='13:10')), 'config.log.profile'),
+    (dict(log=dict(profile='²:13')), 'config.log.profile'),
+    (dict(log=dict(profile='10:13'), train=dict(steps=10)), "config.log.profile: '10:13' starts after the last of 10"),
+    (dict(train=dict(steps=3_000_000_000)), 'config.train.steps: expected less than 2**31'),
     (dict(model=dict(kv_heads=-1)), 'config.model.kv_heads: expected 0 or more, got -1'),
     (dict(model=dict(mlp_dim=-4)), 'config.model.mlp_dim'),
     (dict(optimizer=dict(learning_rate=-1e-3)), 'config.optimizer.learning_rate'),
@@ -116,7 +122,8 @@ def test_whole_numbers_are_floats_where_a_float_is_meant():
     layers=st.integers(1, 200), heads=st.sampled_from([1, 2, 4]),
     windows=st.lists(st.integers(0, 9), min_size=1).map(tuple),
     rope_base=st.floats(1, 1e9), tied_embeddings=st.booleans(), mlp=st.sampled_from(CHOICES['model.mlp']))),
-    st.lists(st.builds(Source, source=st.sampled_from(['text', 'jsonl']), path=st.text(), weight=st.floats(0.1, 9)),
+    st.lists(st.builds(Source, source=st.sampled_from(['text', 'jsonl']), path=st.text(min_size=1),
+                       weight=st.floats(0.1, 9)),
              max_size=2).map(tuple), st.text(), st.lists(st.text(), max_size=3).map(tuple))
 @settings(max_examples=60, deadline=None)
 def test_to_dict_and_back(model, mixture, path, prompts):
@@ -172,6 +179,7 @@ def test_override_reads_the_type_the_key_has(key, text, value):
     ('model.layers', '2.5', "--config.model.layers: expected int, got '2.5'"),
     ('model.layers', 'True', "--config.model.layers: expected int, got 'True'"),
     ('log.tensorboard', 'yes', "--config.log.tensorboard: expected bool, got 'yes'"),
+    ('train.steps', '{[]: 1}', '--config.train.steps: expected int'),
     ('optimizer.b1', 'x', "--config.optimizer.b1: expected float, got 'x'"),
     ('model', 'lama3_8b', "config.model: no preset 'lama3_8b'; nearest: 'llama3_8b'"),
 ])
@@ -249,3 +257,8 @@ def test_a_config_file_that_fails_is_one_line(body, tmp_path):
   (tmp_path / 'mine.py').write_text(body)
   with pytest.raises(ConfigError, match='--config: .*mine.py failed: (NameError|KeyError|SyntaxError)'):
     config_lib.load_file(str(tmp_path / 'mine.py'))
+
+
+def test_a_config_without_groups_is_refused():
+  with pytest.raises(ConfigError, match='expected a group of keys, got None'):
+    build(None)

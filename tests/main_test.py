@@ -16,6 +16,9 @@ BASE = f'--config={ROOT}/configs/base.py'
     ([], '--config: expected a config file'),
     (['--confg=x'], "--confg; nearest: 'config'"),
     (['--config=configs/bse.py'], "no file 'configs/bse.py'"),
+    ([BASE, '--debug=1'], '--debug: takes no value'),
+    ([BASE, '--workdir=gs://bucket/run'], 'gs://bucket/run is a bucket; mount it'),
+    ([BASE, '--config.mesh.distributed=True'], 'config.mesh.distributed: '),
     ([BASE, 'train'], "unexpected argument 'train'"),
     ([BASE, '--config.train.step=3'], "no such key 'step'; nearest: 'steps'"),
     ([BASE, '--config.trian.steps=3'], "no such key 'trian'; nearest: 'train'"),
@@ -39,7 +42,7 @@ BASE = f'--config={ROOT}/configs/base.py'
 def test_one_line_that_names_it(args, expected, tmp_path, capsys, monkeypatch):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(SystemExit) as stopped:
-    main.main(args + [f'--workdir={tmp_path}/run'] * bool(args))
+    main.main([*[f'--workdir={tmp_path}/run'] * bool(args), *args])
   err = capsys.readouterr().err
   assert stopped.value.code == 2
   assert len(err.splitlines()) == 1 and expected in err and 'Traceback' not in err

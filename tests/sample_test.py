@@ -70,6 +70,11 @@ def test_options_reach_the_sampler(run, capsys):
   assert texts(capsys, *args, '--stop=' + greedy[5:7]).out == greedy[:greedy.index(greedy[5:7], 3)] + '\n'
 
 
+def test_a_mesh_gives_the_same_text(run, capsys):
+  args = (run, '--prompt=abc', '--prompt=cab', '--max_tokens=9', '--temperature=0')
+  assert texts(capsys, *args, '--fsdp=2', '--tensor=2').out == texts(capsys, *args).out
+
+
 def test_prompt_from_stdin(run, capsys, monkeypatch):
   monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO('é€'.encode())))
   assert texts(capsys, run, '--prompt=-', '--max_tokens=4').out.startswith('é€')
@@ -81,6 +86,7 @@ def test_errors_are_one_line_with_status_2(run, capsys, tmp_path):
   assert "unknown flag --promt=x; nearest: '--prompt'" in failure(capsys, run, '--promt=x')
   assert "invalid int value: 'many'" in failure(capsys, run, '--max_tokens=many')
   assert '--model' in failure(capsys)
+  assert '--fsdp=3 --tensor=4: expected' in failure(capsys, run, '--prompt=a', '--fsdp=3', '--tensor=4')
   assert f'{tmp_path}: not a run directory' in failure(capsys, f'--model={tmp_path}', '--prompt=a')
   assert 'top_p: expected above 0 and at most 1, got 2.0' in failure(capsys, run, '--prompt=a', '--top_p=2')
   assert 'prompt 0: is empty' in failure(capsys, run)

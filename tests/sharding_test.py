@@ -90,6 +90,18 @@ def test_put_batch_splits_rows():
     sharding.put_batch(dict(token_BT=tokens(0, 6, 4)), MESH)
 
 
+@pytest.mark.parametrize('fields, host, expected', [
+    (dict(fsdp=8), range(4), (0, 8)), (dict(fsdp=8), range(4, 8), (8, 16)),
+    (dict(fsdp=2, tensor=4), range(4, 8), (8, 16)), (dict(fsdp=2, tensor=4), range(2), (0, 8)),
+    (dict(fsdp=1, tensor=8), range(4), (0, 16))])
+def test_rows_of_a_host_are_those_of_its_devices(fields, host, expected, monkeypatch):
+  mesh = sharding.make_mesh(Mesh(**fields))
+  whole = jax.sharding.NamedSharding.devices_indices_map
+  monkeypatch.setattr(jax.sharding.NamedSharding, 'addressable_devices_indices_map', lambda self, shape: {
+      d: index for d, index in whole(self, shape).items() if d.id in host})
+  assert sharding.local_rows(16, mesh) == expected
+
+
 def test_parameters_made_in_place_are_the_same():
   """Initialised under the mesh, each device making its part: the numbers of one device, laid out by the letters."""
   cfg = model(layers=2, vocab_size=64, kv_heads=1)

@@ -213,6 +213,23 @@ def mesh_baseline(cfg):
 
 # Fields of the config -----------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize('rows', [8, 128])
+@pytest.mark.parametrize('spec, w_shapes', [('BTD,DNH->BTNH', [(6, 2, 4), (6, 1, 4), (6, 1, 4)]),
+                                            ('BTNH,NHD->BTD', [(2, 4, 6)]), ('BTD,DF->BTF', [(6, 10), (6, 10)])])
+def test_projections_are_einsums(spec, w_shapes, rows):
+  """Joined, transposed ahead, or by few rows: values and gradients are those of each einsum alone."""
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  x = draw(2, rows // 2, *([6] if 'BTD,' in spec else [2, 4]))
+  ws = [draw(*shape) for shape in w_shapes]
+  total = lambda outs: sum((jnp.sin(y) * (i + 1)).sum() for i, y in enumerate(outs))
+  grads = lambda f: jax.grad(lambda x, ws: total(f(x, ws)), argnums=(0, 1))(x, ws)
+  einsums = lambda x, ws: [jnp.einsum(spec, x, w) for w in ws]
+  got = layers.project(spec, x, *ws), grads(lambda x, ws: layers.project(spec, x, *ws))
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves((einsums(x, ws), grads(einsums))), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_dropout_needs_a_key_and_keeps_the_mean():
   x = jnp.ones((64, 64))
   dropped = layers.dropout(x, 0.25, jax.random.key(0))

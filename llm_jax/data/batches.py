@@ -205,10 +205,12 @@ class Mixture:
   those whose turn may come, the one whose turn must come first)."""
 
   def __init__(self, weights, temperature: float = 1.0):
-    share = np.asarray(weights, np.float64) ** (1 / temperature)
+    log_share = np.log(np.asarray(weights, np.float64)) / temperature
+    share = np.exp(log_share - log_share.max())                  # no overflow, whatever the temperature
     share /= share.sum()
     periods = np.arange(1, PERIOD + 1)[:, None]
-    exact = np.flatnonzero((np.abs(periods * share - np.rint(periods * share)) < 1e-9 * periods).all(axis=1))
+    whole = np.rint(periods * share)
+    exact = np.flatnonzero(((whole >= 1) & (np.abs(periods * share - whole) < 1e-9 * periods)).all(axis=1))
     period = int(exact[0]) + 1 if len(exact) else PERIOD
     count = np.maximum(np.floor(period * share + 1e-6), 1).astype(np.int64)
     while count.sum() != period:                                 # largest remainder

@@ -97,7 +97,8 @@ def _attend(q_BKGTH, k_BKSH, v_BKSH, view: View, *, window, scale, softcap, slop
     score_BKGTS = jnp.where(mask[:, None, None], score_BKGTS, -1e30)   # finite: a row that sees nothing is no NaN
   weight_BKGTS = jnp.exp(score_BKGTS - jax.lax.stop_gradient(score_BKGTS.max(-1, keepdims=True)))
   sum_BKGT1 = weight_BKGTS.sum(-1, keepdims=True)
-  if view.key_segment_BS is not view.segment_BT:           # cross-attention: a document may have an empty source
+  if view.kind == 'bidirectional' and view.key_segment_BS is not view.segment_BT:
+    # Cross-attention: a document may have an empty source.
     weight_BKGTS = jnp.where(mask[:, None, None], weight_BKGTS, 0.0)
   o_BKGTH = jnp.einsum('BKGTS,BKSH->BKGTH', weight_BKGTS.astype(v_BKSH.dtype), v_BKSH,
                        preferred_element_type=jnp.float32) / sum_BKGT1

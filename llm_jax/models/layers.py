@@ -87,6 +87,8 @@ def _on_one_cpu() -> bool:
 def _products(x_BTI, ws):
   """x [B, T, ...] and weights whose leading axes are x's last ones."""
   B, T, *inner = x_BTI.shape
+  if B * T < 128:                                # decoding: joining would copy the weights for every token
+    return [(x_BTI.reshape(B * T, -1) @ _join([w], len(inner))).reshape(B, T, *w.shape[len(inner):]) for w in ws]
   y_MO = x_BTI.reshape(B * T, -1) @ settle(_join(ws, len(inner)))
   return [y.reshape(B, T, *w.shape[len(inner):]) for y, w in zip(_split(y_MO, ws, len(inner)), ws)]
 

@@ -41,9 +41,11 @@ def train(cfg: config_lib.Config, workdir: str, started: float | None = None) ->
   what the user can put right.
   """
   started = time.time() if started is None else started
+  if '://' in str(workdir):
+    raise ConfigError(f'--workdir: {workdir} is a bucket; mount it (gcsfuse) and name the folder it is mounted at')
   workdir = pathlib.Path(workdir)
   if cfg.mesh.distributed:
-    jax.distributed.initialize()
+    initialize_hosts()
   mesh = sharding.make_mesh(cfg.mesh)
   check_rows(cfg, mesh)
   workdir.mkdir(parents=True, exist_ok=True)
@@ -54,6 +56,15 @@ def train(cfg: config_lib.Config, workdir: str, started: float | None = None) ->
     run.setup()
     run.loop()
     return run.finish()
+
+
+def initialize_hosts() -> None:
+  """jax.distributed.initialize, where the machine says who its hosts are: a TPU pod, Slurm, MPI or Kubernetes."""
+  try:
+    jax.distributed.initialize()
+  except (ValueError, RuntimeError) as e:
+    raise ConfigError(f'config.mesh.distributed: {" ".join(str(e).split())[:200]}; on one host set it to False, '
+                      'elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID') from e
 
 
 def check_rows(cfg: config_lib.Config, mesh) -> None:
@@ -90,7 +101,9 @@ class Run:
     self.turned = None               # the step at which validation turned, once warned of
     self.planned = False             # a budget in minutes has been turned into steps
     self.stop = False                # set by a signal: save at the next step and end
+    self.profiling = False
     self.cleanup = contextlib.ExitStack()
+    self.listening = self.cleanup.enter_context(contextlib.ExitStack())      # to signals
 
   def __enter__(self):
     return self
@@ -109,6 +122,7 @@ class Run:
     self.clock = metrics_lib.Clock(self.workdir)
     self.energy = metrics_lib.Energy(cfg.log)
     self.cleanup.callback(self.energy.close)
+    checkpoint_lib.require_one_sound(self.workdir)
     with self.clock('input'):
       self.tokenizer = self.make_tokenizer()
       self.stores = store.prepare(cfg.data, self.tokenizer, progress=cfg.log.progress)
@@ -220,8 +234,7 @@ class Run:
 
   def rows(self, batch_size: int | None = None) -> tuple[int, int]:
     """The rows of the global batch that this process feeds."""
-    n = (batch_size or self.cfg.train.batch_size) // jax.process_count()
-    return n * jax.process_index(), n * (jax.process_index() + 1)
+    return sharding.local_rows(batch_size or self.cfg.train.batch_size, self.mesh)
 
   def banner(self, params) -> None:
     """What runs where: nothing that changes speed or numbers is silent."""
@@ -260,16 +273,17 @@ class Run:
         peak=metrics_lib.peak_flops().flops * jax.device_count(), resumed_step=step)
     self.cleanup.callback(self.logger.close)
     self.valid, self.skipped = self.past_valid(), 0
-    self.cleanup.enter_context(self.signals())
+    self.listening.enter_context(self.signals())
     first, last = (int(x) for x in (cfg.log.profile or '0:-1').split(':'))
-    profiled, profiling = range(first, last + 1), False
+    profiled = range(first, last + 1)
+    self.cleanup.callback(self.stop_profile)
     prefetch = self.batches.prefetch(step, rows=self.rows(), workers=cfg.data.workers)
     self.cleanup.callback(prefetch.close)
     self.begun, pending = time.monotonic(), None
     while step < horizon and not self.stop:
-      if step in profiled and not profiling:
+      if step in profiled and not self.profiling:
         start_profile(self.workdir / 'profile')
-        profiling = True
+        self.profiling = True
       with self.clock('input'):
         batch = sharding.put_batch(next(prefetch)[1], self.mesh)
       with self.clock('step'):
@@ -278,11 +292,8 @@ class Run:
           self.log(*pending)                # step n - 1, while step n runs
         pending = step, metrics
       step += 1
-      if profiling and (step not in profiled or step >= horizon or self.stop):
-        jax.block_until_ready(self.state)
-        jax.profiler.stop_trace()
-        profiling = False
-        print(f'profile of steps {cfg.log.profile} in {self.workdir / "profile"}', flush=True)
+      if step not in profiled or step >= horizon or self.stop:
+        self.stop_profile()
       if cfg.train.minutes and step < horizon:
         horizon = self.plan(step, horizon)
       evaluating = step < horizon and self.due(step, cfg.eval.every)
@@ -299,6 +310,13 @@ class Run:
     self.step = step
     if step > self.first_step:
       self.save(step)
+
+  def stop_profile(self) -> None:
+    if self.profiling:
+      self.profiling = False
+      jax.block_until_ready(self.state)
+      jax.profiler.stop_trace()
+      print(f'profile of steps {self.cfg.log.profile} in {self.workdir / "profile"}', flush=True)
 
   def due(self, step, every) -> bool:
     return bool(every) and step % every == 0
@@ -457,6 +475,7 @@ class Run:
     cfg = self.cfg
     with self.clock('checkpoint'):
       self.checkpoints.wait()
+    self.listening.close()           # everything is saved: from here on a signal ends the process as usual
     if self.stop:
       print(f'stopped at step {self.step}; the same command resumes', flush=True)
       return {}
