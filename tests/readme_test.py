@@ -43,7 +43,7 @@ def test_every_extra_named_exists():
 
 
 def test_the_file_tree_is_the_tree():
-  modules = {p.name for p in (ROOT / 'llm_jax').rglob('*.py')} - {'__init__.py'}
+  modules = {p.name for folder in ('llm_jax', 'configs') for p in (ROOT / folder).rglob('*.py')} - {'__init__.py'}
   tree = TEXT.split('## Files')[1]
   named = set(re.findall(r'^ +(\w+\.py) ', tree, re.M))
   assert named == modules
