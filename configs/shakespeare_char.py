@@ -1,4 +1,5 @@
-"""nanoGPT's two character models of tiny Shakespeare, at its settings (github.com/karpathy/nanoGPT).
+"""nanoGPT's two character models of tiny Shakespeare (github.com/karpathy/nanoGPT): its sizes, batches, steps,
+optimizer and schedule; the initial weights are drawn as everywhere here, not all with its deviation of 0.02.
 
   python -m llm_jax.main --config=configs/shakespeare_char.py          size cpu: 4 x 128, 2,000 steps of 12 x 64
   python -m llm_jax.main --config=configs/shakespeare_char.py:gpu      size gpu: 6 x 384, 5,000 steps of 64 x 256
