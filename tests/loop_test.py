@@ -372,3 +372,19 @@ def test_sigterm_to_a_real_process_saves_and_the_resumed_run_is_bitwise_the_unin
     assert error == ''                                       # no warning of any library
   assert runs.state_bits(folder / 'stopped') == runs.state_bits(folder / 'whole')
   assert runs.curve(folder / 'stopped') == runs.curve(folder / 'whole')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('workers', [0, 2])
+def test_ctrl_c_saves_although_it_also_reaches_the_workers(folder, workers):
+  """A terminal sends it to every process of the foreground group."""
+  process = runs.start(runs.flags(folder, train__steps=100_000, data__workers=workers, checkpoint__every=0),
+                       start_new_session=True)
+  for line in process.stdout:
+    if re.match(r'step +\d+/', line):
+      os.killpg(process.pid, signal.SIGINT)
+      break
+  _, error = process.communicate(timeout=120)
+  assert process.returncode == 0, error
+  assert 'SIGINT: saving at the end of this step' in error and 'Traceback' not in error
+  assert checkpoint.latest_step(folder / 'run') > 0

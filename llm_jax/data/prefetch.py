@@ -39,7 +39,7 @@ class Prefetch:
     self._queue, self._stop = queue.Queue(1), threading.Event()
     self._thread = threading.Thread(target=self._fill, args=(_Steps(batches, start_step, rows), workers, buffer),
                                     name='prefetch', daemon=True)
-    with _hidden_main() if workers else contextlib.nullcontext():
+    with _for_children() if workers else contextlib.nullcontext():
       self._thread.start()
       while len(self._workers) < workers and self._thread.is_alive():
         time.sleep(0.02)
@@ -114,17 +114,24 @@ class Prefetch:
 
 
 @contextlib.contextmanager
-def _hidden_main():
-  """A new process would first import the caller's main module again: a script without a `__main__` guard would train in
+def _for_children():
+  """What worker processes inherit: Ctrl-C, which a terminal sends to them too, is ignored (the loop ends them), and the
+  main module is hidden.
+
+  A new process would first import the caller's main module again: a script without a `__main__` guard would train in
   every worker, a program read from stdin has no file. Workers need nothing of it, so they are not told where it is."""
   main = sys.modules['__main__'].__dict__
   saved = {name: main[name] for name in ('__spec__', '__file__') if name in main}
   main['__spec__'] = None
   main.pop('__file__', None)
+  ours = threading.current_thread() is threading.main_thread()
+  before = signal.signal(signal.SIGINT, signal.SIG_IGN) if ours else None
   try:
     yield
   finally:
     main.update(saved)
+    if ours:
+      signal.signal(signal.SIGINT, before)
 
 
 def _grain_iterator(steps, workers, buffer):
