@@ -110,7 +110,8 @@ def _heads_first(q_BTNH, k_BSKH, v_BSKH):
   B, T, N, H = q_BTNH.shape
   K = k_BSKH.shape[2]
   q_BKGTH = q_BTNH.swapaxes(1, 2).reshape(B, K, N // K, T, H)
-  return layers.settle((q_BKGTH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)))
+  heads = q_BKGTH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+  return layers.settle(heads) if T > 1 else heads     # a decoding step would copy its whole cache
 
 
 def _heads_last(o_BKGTH):
