@@ -6,7 +6,7 @@ optimizer and schedule; the initial weights are drawn as everywhere here, not al
 
 The text comes from tfds (tiny_shakespeare, downloaded once), or from a file, split 90/10 as nanoGPT does:
   --config.data.source=text --config.data.path=input.txt --config.data.valid=tail
-nanoGPT's validation losses: 1.88 (cpu), 1.4697 (gpu).
+nanoGPT's validation losses: 1.88 (cpu), 1.4697 (gpu). Here: 1.7865 (cpu, 3 minutes on 2 cores); gpu not run.
 """
 import base
 
