@@ -18,6 +18,15 @@ PARAM = dict(D='fsdp', V='tensor', N='tensor', K='tensor', F='tensor', E='expert
 ACT = dict(B=('data', 'fsdp'), T='context', V='tensor', N='tensor', K='tensor', F='tensor', E='expert')
 
 
+def initialize_hosts() -> None:
+  """jax.distributed.initialize, where the machine says who its hosts are: a TPU pod, Slurm, MPI or Kubernetes."""
+  try:
+    jax.distributed.initialize()
+  except (ValueError, RuntimeError) as e:
+    raise ConfigError(f'config.mesh.distributed: {" ".join(str(e).split())[:200]}; on one host set it to False, '
+                      'elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID') from e
+
+
 def make_mesh(mesh: config_lib.Mesh, devices=None) -> jax.sharding.Mesh:
   """The Mesh of a config over `devices` (default: all). Raises ConfigError where the sizes do not multiply to them."""
   devices = jax.devices() if devices is None else devices

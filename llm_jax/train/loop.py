@@ -45,7 +45,7 @@ def train(cfg: config_lib.Config, workdir: str, started: float | None = None) ->
     raise ConfigError(f'--workdir: {workdir} is a bucket; mount it (gcsfuse) and name the folder it is mounted at')
   workdir = pathlib.Path(workdir)
   if cfg.mesh.distributed:
-    initialize_hosts()
+    sharding.initialize_hosts()
   mesh = sharding.make_mesh(cfg.mesh)
   check_rows(cfg, mesh)
   workdir.mkdir(parents=True, exist_ok=True)
@@ -56,15 +56,6 @@ def train(cfg: config_lib.Config, workdir: str, started: float | None = None) ->
     run.setup()
     run.loop()
     return run.finish()
-
-
-def initialize_hosts() -> None:
-  """jax.distributed.initialize, where the machine says who its hosts are: a TPU pod, Slurm, MPI or Kubernetes."""
-  try:
-    jax.distributed.initialize()
-  except (ValueError, RuntimeError) as e:
-    raise ConfigError(f'config.mesh.distributed: {" ".join(str(e).split())[:200]}; on one host set it to False, '
-                      'elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID') from e
 
 
 def check_rows(cfg: config_lib.Config, mesh) -> None:
@@ -292,7 +283,8 @@ class Run:
           self.log(*pending)                # step n - 1, while step n runs
         pending = step, metrics
       step += 1
-      if step not in profiled or step >= horizon or self.stop:
+      if self.profiling and (step not in profiled or step >= horizon or self.stop):
+        jax.block_until_ready(self.state)
         self.stop_profile()
       if cfg.train.minutes and step < horizon:
         horizon = self.plan(step, horizon)
@@ -312,9 +304,9 @@ class Run:
       self.save(step)
 
   def stop_profile(self) -> None:
+    """Writes the trace, also where an error ends the loop inside the range."""
     if self.profiling:
       self.profiling = False
-      jax.block_until_ready(self.state)
       jax.profiler.stop_trace()
       print(f'profile of steps {self.cfg.log.profile} in {self.workdir / "profile"}', flush=True)
 
