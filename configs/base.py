@@ -110,6 +110,8 @@ def get_config():
       loss_chunk=0,                     # positions per chunk of the cross-entropy; 0: all at once
       ema=0.0,                          # decay of the parameters' moving average; 0: none kept
       on_nonfinite='stop',              # stop | skip, at a non-finite loss or gradient (the state stays as it was)
+      spike_window=0,                   # a loss more than spike_sigmas above the mean of so many: skipped; 0: off
+      spike_sigmas=6.0,                 # standard deviations of those losses
   ))
 
   config.optimizer = ConfigDict(dict(
@@ -141,7 +143,9 @@ def get_config():
   config.checkpoint = ConfigDict(dict(
       every=400,                        # steps; 0: only at the end
       keep=2,                           # newest steps kept
-      resume=True,                      # go on from the newest step in workdir
+      keep_every=0,                     # steps that are multiples of it are saved and never deleted; 0: none
+      resume=True,                      # go on from the newest sound step in workdir
+      verify=True,                      # compare its files with their hashes first (the start says how long it took)
   ))
 
   config.eval = ConfigDict(dict(

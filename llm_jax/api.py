@@ -87,17 +87,18 @@ def _activations(shape, names, params, token_BT):
   return {name: taps[name].astype(jnp.float32) for name in names}
 
 
-def load(path, step: int | None = None, ema: bool = False, dtype: str | None = None) -> Model:
-  """The model of a run directory (newest complete step, or `step`) or of one of its checkpoints/STEP folders.
+def load(path, step: int | None = None, ema: bool = False, dtype: str | None = None, verify: bool = True) -> Model:
+  """The model of a run directory (newest sound step, or `step`) or of one of its checkpoints/STEP folders.
 
   ema: the parameters' moving average, where the run keeps one. dtype: 'float32' or 'bfloat16' to compute in, instead of
-  the config's. Placed on the mesh set by jax.set_mesh, or on one device. Raises ConfigError for what is no such folder.
+  the config's. verify: False does not compare the files with their hashes, for speed. Placed on the mesh set by
+  jax.set_mesh, or on one device. Raises ConfigError for what is no such folder.
   """
-  meta = checkpoint_lib.read_meta(path, step)
-  config = config_lib.build(meta.config)
+  found = checkpoint_lib.find(path, step, ('params', 'ema') if ema else ('params',), verify)
+  config = config_lib.build(found.config)
   if dtype is not None:
     config = config_lib.check(dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype)))
-  tokenizer = tokenizer_lib.load(meta.tokenizer)
+  tokenizer = tokenizer_lib.load(found.tokenizer)
   mesh = jax.sharding.get_mesh()
-  params = checkpoint_lib.restore_params(path, step, mesh=None if mesh.empty else mesh, ema=ema)
+  params = checkpoint_lib.restore_params(found, mesh=None if mesh.empty else mesh, ema=ema)
   return Model(config, params, tokenizer, config_lib.derive(config.model, tokenizer.vocab_size, config.data.length))

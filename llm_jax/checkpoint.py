@@ -1,17 +1,18 @@
 """Checkpoints: Orbax writes the arrays in the background; everything a model needs beside them lies in the same folder.
 
 RUN/checkpoints/STEP/ holds state/{params,ema,train}/ (Orbax), meta.json (config, versions, every array's shape and
-dtype), tokenizer/, and manifest.json (size and sha256 of every file), written last: a step without it does not exist.
-A copied STEP folder is enough to sample from. `python -m llm_jax.checkpoint ls|verify RUN`.
+dtype), tokenizer/, and manifest.json (manifest.py), written last: a step without it does not exist. What reads a
+checkpoint verifies it first, and goes back to the newest sound step. A copied STEP folder is enough to sample from.
+`python -m llm_jax.checkpoint ls|verify RUN`.
 """
 import concurrent.futures
 import contextlib
 import datetime
-import hashlib
 import importlib.metadata
-import json
+import itertools
 import logging
 import sys
+import tempfile
 import time
 import typing
 
@@ -19,48 +20,55 @@ import jax
 from etils import epath
 
 from llm_jax import config as config_lib
+from llm_jax import manifest
 from llm_jax import sharding as sharding_lib
 from llm_jax.config import ConfigError
 
 FORMAT = 1      # raise it when older code can no longer read what is written; newer code keeps reading every older one
 ITEMS = ('params', 'ema', 'train')   # folders of state/; 'train' is the rest: step, horizon, opt_state
+BARRIER_MS = 30 * 60 * 1000          # how long a process waits for the others to hash; JAX notices dead ones earlier
 
 
-class Meta(typing.NamedTuple):
-  """What a checkpoint knows beside its arrays."""
-  config: dict                 # config.to_dict(...)
-  tokenizer: epath.Path        # a folder for tokenizer.load
+class Step(typing.NamedTuple):
+  """A sound step, and what it knows beside its arrays; from find()."""
+  folder: epath.Path
   step: int
+  config: dict                 # config.to_dict(...)
+  tokenizer: epath.Path        # a local folder for tokenizer.load
   extra: dict                  # what save() was given as `extra`
+  arrays: dict                 # {'params/...': (dtype, shape)}
+  verified: str                # in words: how much was verified, and what that cost
+  damaged: dict                # {newer step: what is wrong with it}
 
 
 class Checkpointer:
   """Writes a run directory's checkpoints; one per run. Use as a context manager, or call close().
 
-  Args: workdir, which already holds tokenizer/; keep: newest steps kept; config: config.to_dict(...), written to
-  workdir/config.json and into every step; resume: False refuses a workdir that already has steps, so that none is lost.
+  Args: workdir; keep: newest steps kept; config: config.to_dict(...), written to workdir/config.json and into every
+  step; tokenizer: its folder, default workdir/tokenizer; keep_every: steps that are multiples of it are never deleted;
+  resumed: the step that was restored (default: the newest): later ones are damaged and are set aside.
   `stall_seconds` adds up how long save() and wait() held the caller.
   """
 
-  def __init__(self, workdir, keep: int, config: dict, resume: bool = True):
-    self.workdir, self.keep, self.config = _path(workdir), keep, config
+  def __init__(self, workdir, keep: int, config: dict, *, tokenizer=None, keep_every: int = 0,
+               resumed: int | None = None):
+    self.workdir, self.keep, self.keep_every, self.config = _path(workdir), keep, keep_every, config
+    self.tokenizer = self.workdir / 'tokenizer' if tokenizer is None else _path(tokenizer)
     self.stall_seconds = 0.0
-    self._pending, self._writing = None, None
+    self._pending, self._writing, self._count = None, None, itertools.count()
     self._first = jax.process_index() == 0
-    if not (self.workdir / 'tokenizer').is_dir():
-      raise ConfigError(f'{self.workdir}/tokenizer: no such folder; save the tokenizer there before checkpointing')
-    self._saved = latest_step(self.workdir)
-    if self._saved is not None and not resume:
-      raise ConfigError(f'{self.workdir}: already has checkpoints up to step {self._saved} and checkpoint.resume is '
-                        'False; give another --workdir, or delete its checkpoints/')
+    if self._first and not self.tokenizer.is_dir():
+      raise ConfigError(f'{self.tokenizer}: no such folder; save the tokenizer there before checkpointing')
+    self._saved = latest_step(self.workdir) if resumed is None else resumed
     if self._first:
       (self.workdir / 'checkpoints').mkdir(parents=True, exist_ok=True)
       for folder in _folders(self.workdir):
-        if not (folder / 'manifest.json').exists():   # left by a killed run
+        if manifest.problem(folder).startswith('incomplete'):   # left by a killed run
           folder.rmtree()
-      _write_json(self.workdir / 'config.json', dict(format_version=FORMAT, config=config))
-    ocp = _orbax()
-    self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        elif self._saved is not None and int(folder.name) > self._saved:
+          _set_aside(folder)
+      manifest.write_json(self.workdir / 'config.json', dict(format_version=FORMAT, config=config))
+    self._orbax = _orbax().AsyncCheckpointer(_orbax().CompositeCheckpointHandler())
     self._executor = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
 
   def save(self, step: int, state: dict, extra: dict | None = None) -> float:
@@ -79,23 +87,24 @@ class Checkpointer:
     self._writing = folder
     try:
       if self._first:
-        if folder.exists():            # a damaged step that an older one was resumed in place of
+        if folder.exists():
           folder.rmtree()
         folder.mkdir(parents=True)
-        _copy(self.workdir / 'tokenizer', folder / 'tokenizer')
-        _write_json(folder / 'meta.json', dict(
-            format_version=FORMAT, step=step, time=datetime.datetime.now().astimezone().isoformat(timespec='seconds'),
-            versions={name: importlib.metadata.version(name) for name in ('jax', 'flax', 'optax', 'orbax-checkpoint')},
-            extra=extra or {}, config=self.config,
-            arrays={path: [str(x.dtype), list(x.shape)] for path, x in flat.items()}))
-      trees = _by_item(flat)
       self._orbax.save(folder / 'state', args=ocp.args.Composite(
-          **{item: ocp.args.PyTreeSave(tree) for item, tree in trees.items()}))
+          **{item: ocp.args.PyTreeSave(tree) for item, tree in _by_item(flat).items()}))
     except Exception as e:
       raise self._failed(e) from e
-    self._pending = self._executor.submit(self._commit, folder)
+    meta = dict(format_version=FORMAT, step=step, extra=extra or {}, config=self.config,
+                time=datetime.datetime.now().astimezone().isoformat(timespec='seconds'),
+                arrays={path: [str(x.dtype), list(x.shape)] for path, x in flat.items()})
+    self._pending = self._executor.submit(self._commit, folder, meta)
     self._saved = step
     return self._stalled(start)
+
+  def check(self) -> None:
+    """Raises ConfigError where the write in the background has failed; waits for nothing."""
+    if self._pending is not None and self._pending.done():
+      self._join()
 
   def wait(self) -> float:
     """Returns once everything saved is complete on disk, after so many seconds; raises ConfigError where it failed."""
@@ -115,18 +124,34 @@ class Checkpointer:
   def __enter__(self):
     return self
 
-  def __exit__(self, *_):
-    self.close()
+  def __exit__(self, kind, *_):
+    if kind is None or issubclass(kind, Exception):      # not where Ctrl-C asks to stop at once
+      self.close()
 
-  def _commit(self, folder):
-    """In the background: after Orbax the manifest, after the manifest the retention."""
-    self._orbax.wait_until_finished()
+  def _commit(self, folder, meta):
+    """In the background: what lies beside the arrays, after Orbax the manifest, after the manifest the retention."""
     if self._first:
-      write_manifest(folder)
-      for old in steps(self.workdir)[:-self.keep]:
+      _copy(self.tokenizer, folder / 'tokenizer')
+      versions = {name: importlib.metadata.version(name) for name in ('jax', 'flax', 'optax', 'orbax-checkpoint')}
+      manifest.write_json(folder / 'meta.json', dict(meta, versions=versions))
+    self._orbax.wait_until_finished()
+    manifest.write(folder, self._barrier)
+    if self._first:
+      for old in self._stale():
         stale = self.workdir / 'checkpoints' / str(old)
-        (stale / 'manifest.json').unlink()   # first: a kill halfway through leaves a leftover, not a damaged step
+        (stale / manifest.NAME).unlink()     # first: a kill halfway through leaves a leftover, not a damaged step
         stale.rmtree()
+
+  def _stale(self) -> list[int]:
+    """Steps to delete, once a newer one is complete. Unverified ones stay: nothing tells what they are worth."""
+    root = self.workdir / 'checkpoints'
+    known = [step for step in steps(self.workdir) if (root / str(step) / manifest.NAME).exists()]
+    return [step for step in known[:-self.keep] if not (self.keep_every and step % self.keep_every == 0)]
+
+  def _barrier(self, name):
+    """Waits for all processes, on any thread."""
+    wait = _orbax().multihost.get_barrier_sync_fn()
+    wait(key=f'llm_jax.{name}.{next(self._count)}', timeout_ms=BARRIER_MS)
 
   def _join(self):
     pending, self._pending = self._pending, None
@@ -149,141 +174,127 @@ class Checkpointer:
 
 
 def steps(workdir) -> list[int]:
-  """Complete steps, ascending: those with a manifest whose files are all there with their sizes. Reads no payload."""
-  return [int(folder.name) for folder in _folders(_path(workdir)) if not problem(folder)]
+  """Steps that can be read, ascending: every file is there with its size. Reads no payload."""
+  return [int(folder.name) for folder in _folders(_path(workdir)) if not manifest.problem(folder)]
 
 
 def latest_step(workdir) -> int | None:
-  """The newest complete step, or None; empty, half-written and truncated step folders do not count."""
-  return next((int(f.name) for f in reversed(_folders(_path(workdir))) if not problem(f)), None)
-
-
-def require_one_sound(workdir) -> None:
-  """Raises ConfigError where a run has checkpoints and every one is damaged: starting again would write over it."""
-  why = {folder.name: problem(folder) for folder in _folders(_path(workdir)) if (folder / 'manifest.json').exists()}
-  if why and all(why.values()):
-    reasons = '; '.join(f'step {n}: {w}' for n, w in why.items())
-    raise ConfigError(f'{workdir}: every checkpoint is damaged ({reasons}); put a good copy back, or name another '
-                      '--workdir')
-
-
-def problem(folder) -> str:
-  """Why a step folder is not complete, or ''. Compares sizes only; verify() compares contents."""
-  folder = _path(folder)
-  if not (folder / 'manifest.json').exists():
-    return 'incomplete: no manifest.json, its write did not finish'
-  try:
-    manifest = _read_json(folder / 'manifest.json')
-    if manifest['format_version'] > FORMAT:
-      return ''                        # reading its meta.json says what to do
-    sizes = {name: size for name, (size, _) in manifest['files'].items()}
-  except (ValueError, KeyError, TypeError):
-    return 'damaged: manifest.json is unreadable'
-  for name, size in sizes.items():
-    path = folder / name
-    if not path.exists():
-      return f'damaged: {name} is missing'
-    if path.stat().length != size:
-      return f'damaged: {name} has {path.stat().length} bytes, expected {size}'
-  return ''
+  """The newest of steps(), or None; empty, half-written and truncated step folders do not count."""
+  return next((int(f.name) for f in reversed(_folders(_path(workdir))) if not manifest.problem(f)), None)
 
 
 def verify(folder, items=ITEMS) -> str:
   """Why a step's files are not what was written (sha256 of each), or ''. Of state/ only `items` are read."""
-  folder = _path(folder)
-  if why := problem(folder):
-    return why
-  files = _read_json(folder / 'manifest.json')['files']
-  left_out = tuple(f'state/{item}/' for item in ITEMS if item not in items)
-  read = [name for name in files if not name.startswith(left_out)]
-  with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    digests = pool.map(lambda name: _sha256(folder / name), read)
-    bad = [name for name, digest in zip(read, digests) if digest != files[name][1]]
-  return f'damaged: the contents of {", ".join(bad)} changed since they were written (sha256)' if bad else ''
+  return manifest.verify(_path(folder), _all_but(items)).why
 
 
-def write_manifest(folder) -> None:
-  """Writes manifest.json, which makes a step complete: {path: [bytes, sha256]} of every file in it."""
-  folder = _path(folder)
-  files = {name: path for name, path in _files(folder) if name != 'manifest.json'}
-  _write_json(folder / 'manifest.json', dict(
-      format_version=FORMAT, files={n: [p.stat().length, _sha256(p)] for n, p in sorted(files.items())}))
+def find(path, step: int | None = None, items=ITEMS, verify: bool = True) -> Step:
+  """The newest sound step of a run directory, walking back over damaged ones with a warning that names the file.
+
+  Args: path: a run directory, a checkpoints/STEP folder, or a Step, which is returned; step: this one, or an error;
+  items: what will be read of state/; verify: False trusts names and sizes, for speed. Several processes share the
+  reading and must all call it. Raises ConfigError saying what is there, what is wrong with it, and what to do.
+  """
+  if isinstance(path, Step):
+    return path
+  path = _path(path)
+  if not path.exists():
+    raise ConfigError(f'{path}: no such directory; expected a run directory (a --workdir of training)')
+  if not (path / 'checkpoints').is_dir():
+    return _only(path, step, items, verify)
+  folders = {int(folder.name): folder for folder in _folders(path)}
+  if step is not None and step not in folders:
+    raise ConfigError(f'{path}: no checkpoint of step {step}; there are: {_list(sorted(folders)) or "none"}')
+  wrong = {}
+  for candidate in [step] if step is not None else sorted(folders, reverse=True):
+    found, why = _try(folders[candidate], items, verify)
+    if found:
+      for bad, reason in wrong.items():
+        _warn(f'{folders[bad]} is {reason}; going back to step {candidate}')
+      return found._replace(damaged=wrong)
+    wrong[candidate] = why
+  reasons = '; '.join(f'step {s} is {why}' for s, why in wrong.items()) or 'checkpoints/ is empty'
+  then = 'train until one is saved (checkpoint.every)' if all('damaged' not in w for w in wrong.values()) else (
+      'put a good copy back, or name another directory')
+  raise ConfigError(f'{path}: no sound checkpoint{f" of step {step}" if step is not None else ""} ({reasons}); {then}')
 
 
-def read_meta(path, step: int | None = None) -> Meta:
-  """Config, tokenizer folder, step and extras of a run directory (newest complete step by default) or a step folder."""
-  folder, meta = _open(path, step)
-  return Meta(meta['config'], folder / 'tokenizer', meta['step'], meta['extra'])
+def find_to_resume(workdir, verify: bool = True) -> Step | None:
+  """find(), or None where a run has not saved anything yet. Damaged steps alone are an error: starting again would
+  write over them."""
+  folders = _folders(_path(workdir))
+  if all(manifest.problem(folder).startswith('incomplete') for folder in folders):
+    for folder in folders:
+      _warn(f'{folder} is {manifest.problem(folder)}; starting from step 0')
+    return None
+  return find(workdir, verify=verify)
 
 
-def restore(path, step: int | None = None, abstract_state=None, change_dtype: bool = False):
-  """The saved state, verified against its manifest.
+def _only(path, step, items, verify) -> Step:
+  """find() for a step folder."""
+  if not (path / 'meta.json').exists():
+    raise ConfigError(f'{path}: not a run directory: expected checkpoints/ in it; give a --workdir of training or one '
+                      'of its checkpoints/STEP folders')
+  found, why = _try(path, items, verify)
+  if not found:
+    raise ConfigError(f'{path}: {why}; copy the folder again, or use another step')
+  if step is not None and step != found.step:
+    raise ConfigError(f'{path}: holds step {found.step}, not {step}; give its run directory')
+  return found
 
-  Args: path: a run directory or a step folder; step: default the newest complete one; abstract_state: a tree of
-  ShapeDtypeStructs (or arrays) whose shardings say where each leaf goes, on any number of devices; None gives the state
-  as nested dicts on one device; change_dtype: cast to the dtypes of abstract_state instead of refusing.
+
+def _try(folder, items, verify) -> tuple[Step | None, str]:
+  """(the step, '') or (None, why not)."""
+  start = time.perf_counter()
+  if why := manifest.problem(folder):
+    return None, why
+  checked = manifest.verify(folder, _all_but(items)) if verify else None
+  if checked and checked.why:
+    return None, checked.why
+  verified = 'not verified'
+  if manifest.unverified(folder):
+    _warn(f'{folder} is unverified: it is from before manifests, nothing tells whether its contents changed')
+  elif checked:
+    verified = f'{checked.bytes / 1e6:.1f} MB in {checked.files} files verified in {time.perf_counter() - start:.2f} s'
+  meta = _read_meta(folder)
+  return Step(folder, meta['step'], meta['config'], _local(folder / 'tokenizer'), meta['extra'], meta['arrays'],
+              verified, {}), ''
+
+
+def restore(path, step: int | None = None, abstract_state=None, change_dtype: bool = False, verify: bool = True):
+  """The saved state of the step that find() finds.
+
+  Args: path, step, verify: of find(); abstract_state: a tree of ShapeDtypeStructs (or arrays) whose shardings say where
+  each leaf goes, on any number of devices; None gives the state as nested dicts on one device; change_dtype: cast to
+  the dtypes of abstract_state instead of refusing.
   Raises ConfigError listing every path that is missing, unknown, or of another shape or dtype.
   """
-  folder, meta = _open(path, step)
-  _require_sound(folder, ITEMS)
-  saved = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (dtype, shape) in meta['arrays'].items()}
+  found = find(path, step, ITEMS, verify)
+  saved = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (dtype, shape) in found.arrays.items()}
   if abstract_state is None:
-    return _nest(_read_arrays(folder, saved))
+    return _nest(_read_arrays(found.folder, saved))
   wanted = _flat(abstract_state)
-  _check_fit(folder, saved, wanted, change_dtype)
+  _check_fit(found.folder, saved, wanted, change_dtype)
   placed = {n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=wanted[n].sharding) for n, s in saved.items()}
-  arrays = _read_arrays(folder, placed)
+  arrays = _read_arrays(found.folder, placed)
   return jax.tree.unflatten(jax.tree.structure(abstract_state), [arrays[n].astype(w.dtype) for n, w in wanted.items()])
 
 
-def restore_params(path, step: int | None = None, mesh: jax.sharding.Mesh | None = None, ema: bool = False):
+def restore_params(path, step: int | None = None, mesh: jax.sharding.Mesh | None = None, ema: bool = False,
+                   verify: bool = True):
   """The parameters alone, as nested dicts; neither moments nor anything else of the state is read.
 
-  Args: path, step: as restore(); mesh: shards them by their letters (None: one device); ema: their moving average
+  Args: path, step, verify: of find(); mesh: shards them by their letters (None: one device); ema: their moving average
   where the checkpoint keeps one. Needs no model: the checkpoint knows its shapes.
   """
-  folder, meta = _open(path, step)
-  arrays = meta['arrays']
-  item = 'ema' if ema and any(name.startswith('ema/') for name in arrays) else 'params'
-  _require_sound(folder, (item,))
-  tree = _nest({n: jax.ShapeDtypeStruct(shape, dtype) for n, (dtype, shape) in arrays.items()
+  found = find(path, step, ('params', 'ema') if ema else ('params',), verify)
+  item = 'ema' if ema and any(name.startswith('ema/') for name in found.arrays) else 'params'
+  tree = _nest({n: jax.ShapeDtypeStruct(shape, dtype) for n, (dtype, shape) in found.arrays.items()
                 if n.startswith(item + '/')})
   if mesh is not None:
     shardings = sharding_lib.named(mesh, sharding_lib.param_specs(tree[item], mesh))
     tree = {item: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree[item], shardings)}
-  return _nest(_read_arrays(folder, _flat(tree)))[item]
-
-
-def _open(path, step: int | None) -> tuple[epath.Path, dict]:
-  """The folder of a complete step and its meta.json; else a ConfigError saying what is there and what to do."""
-  path = _path(path)
-  if not path.exists():
-    raise ConfigError(f'{path}: no such directory; expected a run directory (a --workdir of training)')
-  if (path / 'meta.json').exists():
-    if why := problem(path):
-      raise ConfigError(f'{path}: {why}; copy the folder again, or use another step')
-    meta = _read_meta(path)
-    if step is not None and step != meta['step']:
-      raise ConfigError(f'{path}: holds step {meta["step"]}, not {step}; give its run directory')
-    return path, meta
-  if not (path / 'checkpoints').is_dir():
-    raise ConfigError(f'{path}: not a run directory: expected checkpoints/ in it; give a --workdir of training or one '
-                      'of its checkpoints/STEP folders')
-  folders = _folders(path)
-  problems = {int(f.name): problem(f) for f in folders}
-  sound = [s for s, why in problems.items() if not why]
-  if not sound:
-    found = '; '.join(f'step {s} is {why}' for s, why in problems.items()) or 'checkpoints/ is empty'
-    raise ConfigError(f'{path}: no complete checkpoint ({found}); train until one is saved (checkpoint.every)')
-  if step is not None and step not in sound:
-    raise ConfigError(f'{path}: no complete checkpoint of step {step}'
-                      f'{f" (it is {problems[step]})" if step in problems else ""}; complete: {_list(sound)}')
-  if step is None:
-    step = sound[-1]
-    for skipped in [s for s in problems if s > step]:
-      print(f'warning: {path}/checkpoints/{skipped} is {problems[skipped]}; using step {step}', file=sys.stderr)
-  folder = path / 'checkpoints' / str(step)
-  return folder, _read_meta(folder)
+  return _nest(_read_arrays(found.folder, _flat(tree)))[item]
 
 
 def _check_fit(folder, saved, wanted, change_dtype):
@@ -298,17 +309,11 @@ def _check_fit(folder, saved, wanted, change_dtype):
     raise ConfigError(f'{folder}: does not fit this config: {text}; set the config as it was or give another --workdir')
 
 
-def _require_sound(folder, items):
-  if why := verify(folder, items):
-    others = [s for s in steps(folder.parent.parent) if str(s) != folder.name]
-    then = f'; delete this folder to use step {others[-1]}' if others else ''
-    raise ConfigError(f'{folder}: {why}{then}')
-
-
 def _read_meta(folder) -> dict:
   try:
-    meta = _read_json(folder / 'meta.json')
+    meta = dict(format_version=0, extra={}) | manifest.read_json(folder / 'meta.json')
     version = int(meta['format_version'])
+    meta['step'], meta['config'], meta['arrays']  # noqa: B018
   except (OSError, ValueError, KeyError, TypeError) as e:
     raise ConfigError(f'{folder}/meta.json: expected what a checkpoint holds, got {type(e).__name__}: {e}') from e
   if version > FORMAT:
@@ -369,7 +374,7 @@ def _not_orbax(record) -> bool:
 
 def _path(path) -> epath.Path:
   path = epath.Path(path).expanduser()
-  return path if '://' in str(path) or str(path).startswith('gs:') else path.resolve()   # Orbax wants absolute paths
+  return path if '://' in str(path) else path.resolve()     # Orbax wants absolute paths
 
 
 def _folders(workdir) -> list[epath.Path]:
@@ -377,33 +382,37 @@ def _folders(workdir) -> list[epath.Path]:
   return sorted((f for f in root.iterdir() if f.name.isdigit()), key=lambda f: int(f.name)) if root.is_dir() else []
 
 
-def _files(folder, prefix=''):
-  for path in sorted(folder.iterdir()):
-    if path.is_dir():
-      yield from _files(path, f'{prefix}{path.name}/')
-    else:
-      yield prefix + path.name, path
+def _set_aside(folder):
+  """A damaged step is kept for whoever wants to look at it, under a name that nothing reads."""
+  aside = folder.parent / f'{folder.name}.damaged'
+  if aside.exists():
+    aside.rmtree()
+  folder.rename(aside)
+  _warn(f'{aside}: set aside; delete it when you no longer need it')
 
 
 def _copy(source, target):
-  for name, path in _files(source):
+  for name, path in manifest.files_of(source):
     (target / name).parent.mkdir(parents=True, exist_ok=True)
     path.copy(target / name)
 
 
-def _sha256(path) -> str:
-  with path.open('rb') as f:
-    return hashlib.file_digest(f, 'sha256').hexdigest()
+def _local(folder) -> epath.Path:
+  """The folder, or a copy of a bucket's, for libraries that open files by their names."""
+  if '://' not in str(folder):
+    return folder
+  target = epath.Path(tempfile.mkdtemp(prefix='llm_jax'))
+  _copy(folder, target)
+  return target
 
 
-def _read_json(path):
-  return json.loads(path.read_text())
+def _all_but(items) -> tuple[str, ...]:
+  return tuple(f'state/{item}/' for item in ITEMS if item not in items)
 
 
-def _write_json(path, value):
-  part = path.parent / (path.name + '.part')
-  part.write_text(json.dumps(value, indent=1))
-  part.replace(path)
+def _warn(text):
+  if jax.process_index() == 0:
+    print(f'warning: {text}', file=sys.stderr)
 
 
 def _list(names) -> str:
@@ -413,20 +422,25 @@ def _list(names) -> str:
 def main(argv: list[str]) -> None:
   parser = config_lib.Parser('llm_jax.checkpoint', 'Lists or verifies checkpoints.')
   parser.add_argument('command', choices=('ls', 'verify'))
-  parser.add_argument('run', help='a run directory')
+  parser.add_argument('run', help='a run directory, or one of its checkpoints/STEP folders')
   with config_lib.one_line_errors('--debug' in argv):
     flags = parser.parse_args(argv)
     run = _path(flags.run)
-    folders = _folders(run) or [_open(run, None)[0]]
-    bad = 0
+    folders = _folders(run) or [find(run, verify=False).folder]
+    bad, start, size = 0, time.perf_counter(), 0.0
     print('      step        MB  saved                      state')
     for folder in folders:
-      why = verify(folder) if flags.command == 'verify' else problem(folder)
+      why = manifest.problem(folder)
+      if not why and flags.command == 'verify':
+        why = manifest.verify(folder).why
       bad += bool(why)
-      meta = {'time': '-'} if why else _read_meta(folder)
-      size = sum(path.stat().length for _, path in _files(folder)) / 1e6
-      sound = 'verified' if flags.command == 'verify' else 'complete'
-      print(f'{folder.name:>10}{size:>10.1f}  {meta["time"]:<25}  {why or sound}')
+      saved = '-' if why else _read_meta(folder).get('time', '-')
+      mb = sum(path.stat().length for _, path in manifest.files_of(folder)) / 1e6
+      sound = 'unverified' if manifest.unverified(folder) else 'verified' if flags.command == 'verify' else 'complete'
+      size += mb
+      print(f'{folder.name:>10}{mb:>10.1f}  {saved:<25}  {why or sound}', flush=True)
+    if flags.command == 'verify':
+      print(f'{size:.1f} MB in {time.perf_counter() - start:.2f} s')
   if bad and flags.command == 'verify':
     raise SystemExit(1)
 

@@ -129,6 +129,8 @@ class Train:
   loss_chunk: int = 0
   ema: float = 0.0
   on_nonfinite: str = 'stop'
+  spike_window: int = 0
+  spike_sigmas: float = 6.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +166,9 @@ class Mesh:
 class Checkpoint:
   every: int = 500
   keep: int = 2
+  keep_every: int = 0
   resume: bool = True
+  verify: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +229,8 @@ CHOICES = {
 }
 POSITIVE = ('model.layers', 'model.width', 'model.heads', 'data.length', 'data.temperature', 'train.batch_size',
             'checkpoint.keep', 'log.every', 'tokenizer.train_mb', 'tokenizer.vocab_size', 'model.init_scale',
-            'model.rope_base', 'model.rope_factor', 'model.rope_fraction', 'eval.batches', 'eval.top_p')
+            'model.rope_base', 'model.rope_factor', 'model.rope_fraction', 'eval.batches', 'eval.top_p',
+            'train.spike_sigmas')
 AT_MOST_1 = ('model.rope_fraction', 'optimizer.decay_fraction', 'optimizer.final_fraction', 'eval.top_p')
 BELOW_1 = ('model.dropout', 'train.label_smoothing', 'train.ema', 'optimizer.b1', 'optimizer.b2', 'optimizer.momentum')
 
@@ -365,6 +370,8 @@ def check(config: Config) -> Config:
     raise ConfigError(f'config.train.steps: expected steps > 0, or minutes > 0; got {t.steps} and {t.minutes}')
   if t.batch_size % max(t.accumulate, 1):
     raise ConfigError(f'config.train.accumulate: batch_size {t.batch_size} is not a multiple of {t.accumulate}')
+  if t.spike_window == 1:
+    raise ConfigError('config.train.spike_window: 1 loss has no deviation; expected at least 2, or 0 for off')
   if m.max_length and m.max_length < d.length:
     raise ConfigError(f'config.model.max_length: {m.max_length} is shorter than data.length {d.length}')
   if t.loss_chunk and d.length % t.loss_chunk:

@@ -9,6 +9,7 @@ import time
 
 START = time.time()    # before the imports: time to first loss counts from here
 
+import os  # noqa: E402
 import pathlib  # noqa: E402
 import sys  # noqa: E402
 
@@ -64,4 +65,10 @@ def main(args: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  main(sys.argv[1:])
+  try:
+    main(sys.argv[1:])
+  except SystemExit as e:
+    if e.code == 130:
+      sys.stdout.flush()
+      os._exit(130)          # at once: Python would first wait for the threads of a checkpoint that is being written
+    raise

@@ -28,6 +28,7 @@ def parse(args):
   parser.add_argument('--fsdp', type=int, default=1, help='devices that share parameters and prompts')
   parser.add_argument('--tensor', type=int, default=1, help='devices that share each matrix and its heads')
   parser.add_argument('--ema', action='store_true', help="the parameters' moving average, where the run keeps one")
+  parser.add_argument('--no_verify', action='store_true', help='trust the files without reading their hashes again')
   return parser.parse_args(args)
 
 
@@ -63,11 +64,14 @@ def run(flags) -> None:
   options = dict(max_tokens=flags.max_tokens, temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p,
                  min_p=flags.min_p, repetition_penalty=flags.repetition_penalty, stop=tuple(flags.stop),
                  seed=flags.seed, n=flags.n)
-  from llm_jax import api
+  from llm_jax import api, checkpoint
   from llm_jax.generate import sampling
   sampling.Options(**options)                # a wrong option fails before the model is read
   with mesh(flags.fsdp, flags.tensor):
-    results = generate(api.load(flags.model, flags.step, flags.ema), prompts, flags, options)
+    found = checkpoint.find(flags.model, flags.step, ('params', 'ema') if flags.ema else ('params',),
+                            not flags.no_verify)
+    print(f'step {found.step} ({found.verified})', file=sys.stderr)
+    results = generate(api.load(found, ema=flags.ema), prompts, flags, options)
   made = sum(len(r.tokens) for r in results)
   seconds = max(r.seconds for r in results)
   print(f'{made} tokens in {seconds:.2f} s ({made / max(seconds, 1e-9):,.0f} tok/s after compiling)', file=sys.stderr)

@@ -4,6 +4,7 @@ Every parameter and activation ends in its dims (`w_up_DF`, `x_BTD`); PARAM and 
 no parameter needs an annotation of its own. The letters are explained once, in models/transformer.py.
 """
 import math
+import os
 
 import jax
 import numpy as np
@@ -19,9 +20,11 @@ ACT = dict(B=('data', 'fsdp'), T='context', V='tensor', N='tensor', K='tensor', 
 
 
 def initialize_hosts() -> None:
-  """jax.distributed.initialize, where the machine says who its hosts are: a TPU pod, Slurm, MPI or Kubernetes."""
+  """jax.distributed.initialize, where the machine says who its hosts are: a TPU pod, Slurm, MPI, Kubernetes, or the
+  three variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID."""
+  number = lambda name: int(os.environ[name]) if name in os.environ else None      # JAX itself reads only the address
   try:
-    jax.distributed.initialize()
+    jax.distributed.initialize(num_processes=number('JAX_NUM_PROCESSES'), process_id=number('JAX_PROCESS_ID'))
   except (ValueError, RuntimeError) as e:
     raise ConfigError(f'config.mesh.distributed: {" ".join(str(e).split())[:200]}; on one host set it to False, '
                       'elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID') from e

@@ -24,6 +24,7 @@ from llm_jax.data import sources as sources_lib
 
 FORMAT = 1                    # of the files below; raise it with every change, and keep reading the older ones
 PART_BYTES = 16 << 20         # text per part: what a kill can cost
+WHOLE_BYTES = 64 << 20        # up to which Store.fingerprint reads everything
 BATCH_CHARS = 2 << 20         # text per call of tokenizer.encode_batch; bounds the memory
 
 
@@ -74,6 +75,17 @@ class Store:
   def document_at(self, token: int) -> int:
     """The document that holds this token of the stream."""
     return int(np.searchsorted(self.offsets, token, 'right')) - 1
+
+  def fingerprint(self) -> str:
+    """Hex key of the tokens and where documents start, wherever they came from. Above 64 MiB of tokens 256 stretches of
+    them stand for all: reading a whole corpus at every start would cost minutes."""
+    key = hashlib.sha256(json.dumps([self.n_tokens, self.n_docs, self.total_bytes]).encode())
+    for array in (self.tokens, self.offsets):
+      parts = 1 if array.nbytes <= WHOLE_BYTES else 256
+      for i in range(parts):
+        start = i * len(array) // parts
+        key.update(np.ascontiguousarray(array[start:start + (len(array) if parts == 1 else 4096)]))
+    return key.hexdigest()
 
   def plan(self, length: int) -> tuple[np.ndarray, np.ndarray]:
     """The packing for sequences of `length` tokens, made on first use and kept beside the store: int64 ends [n + 1] and

@@ -6,9 +6,6 @@ an array back. Everything a step needs is a pure function of (config, step): res
 import contextlib
 import itertools
 import math
-import pathlib
-import signal
-import sys
 import time
 
 import jax
@@ -24,38 +21,37 @@ from llm_jax.data import prepare, store
 from llm_jax.data import tokenizer as tokenizer_lib
 from llm_jax.generate import sampling
 from llm_jax.models import attention, transformer
+from llm_jax.train import clock as clock_lib
 from llm_jax.train import metrics as metrics_lib
 from llm_jax.train import optimizer as optimizer_lib
 from llm_jax.train import report
+from llm_jax.train import resume as resume_lib
 from llm_jax.train import step as step_lib
-
-FREE = ('model.kernel', 'model.remat', 'model.unroll', 'model.dropout')   # may change when a run is resumed
-UNKNOWN = 2**30    # steps of a run whose budget in minutes has not been turned into steps yet
-CALIBRATE = 20     # steps after which a budget in minutes is turned into a number of steps
+from llm_jax.train.budget import UNKNOWN, Budget
+from llm_jax.train.rundir import RunDirectory
+from llm_jax.train.stop import Stop
 
 
 def train(cfg: config_lib.Config, workdir: str, started: float | None = None) -> dict:
-  """Runs a config in workdir, resuming the run that is there; returns the final figures of the report.
+  """Runs a config in workdir (local, gs:// or s3://), resuming the run that is there; returns the final figures of the
+  report.
 
   started: time.time() at which the process started, for the time to first loss. Raises ConfigError before any work for
   what the user can put right.
   """
   started = time.time() if started is None else started
-  if '://' in str(workdir):
-    raise ConfigError(f'--workdir: {workdir} is a bucket; mount it (gcsfuse) and name the folder it is mounted at')
-  workdir = pathlib.Path(workdir)
   if cfg.mesh.distributed:
     sharding.initialize_hosts()
   mesh = sharding.make_mesh(cfg.mesh)
   check_rows(cfg, mesh)
-  workdir.mkdir(parents=True, exist_ok=True)
   if cfg.log.compile_cache:
     jax.config.update('jax_compilation_cache_dir', str(store.cache_folder(cfg.data) / 'xla'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
-  with jax.set_mesh(mesh), Run(cfg, workdir, mesh, started) as run:
-    run.setup()
-    run.loop()
-    return run.finish()
+  with RunDirectory(workdir, store.cache_folder(cfg.data)) as directory, jax.set_mesh(mesh):
+    with Run(cfg, directory, mesh, started) as run:
+      run.setup()
+      run.loop()
+      return run.finish()
 
 
 def check_rows(cfg: config_lib.Config, mesh) -> None:
@@ -86,12 +82,12 @@ def start_profile(folder) -> None:
 class Run:
   """One process's part of a training run; its methods are called in order by `train`."""
 
-  def __init__(self, cfg, workdir, mesh, started):
-    self.cfg, self.workdir, self.mesh, self.started = cfg, workdir, mesh, started
-    self.earlier = 0.0               # seconds of the budget that earlier processes of this run used
+  def __init__(self, cfg, directory, mesh, started):
+    self.cfg, self.directory, self.mesh, self.started = cfg, directory, mesh, started
+    self.workdir = directory.local   # of everything but checkpoints
     self.turned = None               # the step at which validation turned, once warned of
-    self.planned = False             # a budget in minutes has been turned into steps
-    self.stop = False                # set by a signal: save at the next step and end
+    self.stop = Stop()
+    self.error = None                # ends the run once everything is saved
     self.profiling = False
     self.cleanup = contextlib.ExitStack()
     self.listening = self.cleanup.enter_context(contextlib.ExitStack())      # to signals
@@ -99,21 +95,19 @@ class Run:
   def __enter__(self):
     return self
 
-  def __exit__(self, kind, *_):
-    self.cleanup.close()
-    if kind is not None:
-      with contextlib.suppress(OSError):
-        self.workdir.rmdir()         # succeeds where it is empty: a run that could not start leaves no folder
+  def __exit__(self, *error):
+    self.cleanup.__exit__(*error)
 
   # Setup ------------------------------------------------------------------------------------------------------------
 
   def setup(self) -> None:
     """Data, model, state, compiled steps; then the banner."""
     cfg = self.cfg
-    self.clock = metrics_lib.Clock(self.workdir)
+    self.clock = clock_lib.Clock(self.workdir, self.started)
     self.energy = metrics_lib.Energy(cfg.log)
     self.cleanup.callback(self.energy.close)
-    checkpoint_lib.require_one_sound(self.workdir)
+    with self.clock('checkpoint'):
+      self.found = self.find()
     with self.clock('input'):
       self.tokenizer = self.make_tokenizer()
       self.stores = store.prepare(cfg.data, self.tokenizer, progress=cfg.log.progress)
@@ -121,6 +115,9 @@ class Run:
       self.evaluations = [
           batches_lib.EvalBatches(s, cfg.data, eval_rows(cfg), self.tokenizer, cfg.train.objective,
                                   self.rows(eval_rows(cfg))) for s in self.stores.valid]
+      self.data = resume_lib.fingerprints(self.stores)
+    if self.found:
+      resume_lib.check_data(self.found, self.stores, self.data)
     self.model = config_lib.derive(cfg.model, self.tokenizer.vocab_size, cfg.data.length)
     if self.model.vocab_size < self.tokenizer.vocab_size:
       raise ConfigError(f'config.model.vocab_size: {self.model.vocab_size} is smaller than the tokenizer\'s '
@@ -139,16 +136,10 @@ class Run:
     self.shardings = step_lib.state_shardings(abstract, self.tx, self.mesh)
     self.abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract,
                                  self.shardings)
-    latest = checkpoint_lib.latest_step(self.workdir)
-    if latest is None and jax.process_index() == 0:
-      self.tokenizer.save(self.workdir / 'tokenizer')
-    self.wait_for_all('tokenizer')
-    self.checkpoints = checkpoint_lib.Checkpointer(self.workdir, cfg.checkpoint.keep, config_lib.to_dict(cfg),
-                                                   cfg.checkpoint.resume)
-    self.cleanup.callback(self.checkpoints.close)
+    self.open_checkpoints(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)))
     self.banner(abstract_params)
-    if latest is not None:
-      self.resume(latest)
+    if self.found:
+      self.resume()
     else:
       with self.clock('compile'):
         # Drawing random numbers runs once but takes XLA's CPU compiler longer than the whole step (10 s or 2 s).
@@ -158,6 +149,28 @@ class Run:
         self.start_from(cfg.init_from)
     self.first_step = int(self.state['step'])
     self.compile()
+
+  def find(self) -> checkpoint_lib.Step | None:
+    """The step to go on from."""
+    found = checkpoint_lib.find_to_resume(self.directory.path, self.cfg.checkpoint.verify)
+    if found and not self.cfg.checkpoint.resume:
+      raise ConfigError(f'{self.directory.path}: already has checkpoints up to step {found.step} and checkpoint.resume '
+                        'is False; give another --workdir, or delete its checkpoints/')
+    if found:
+      self.changed = resume_lib.check_config(found, self.cfg)
+    return found
+
+  def open_checkpoints(self, size: int) -> None:
+    """size: bytes of the state."""
+    cfg, path = self.cfg.checkpoint, self.directory.path
+    self.directory.check_room(size, cfg.keep, len(checkpoint_lib.steps(path)))
+    if jax.process_index() == 0:
+      self.tokenizer.save(self.workdir / 'tokenizer')
+    self.checkpoints = checkpoint_lib.Checkpointer(
+        path, cfg.keep, config_lib.to_dict(self.cfg), tokenizer=self.workdir / 'tokenizer', keep_every=cfg.keep_every,
+        resumed=self.found.step if self.found else None)
+    self.cleanup.push(self.checkpoints)
+    self.wait_for_all('checkpoints')
 
   def check_prompts(self) -> None:
     """Raises ConfigError for prompts that this model could not continue, before it is trained."""
@@ -176,28 +189,20 @@ class Run:
   def make_tokenizer(self):
     """The run's own tokenizer where it has one, or that of the run it starts from: what a model was trained with never
     changes under it."""
-    if checkpoint_lib.latest_step(self.workdir) is not None:
-      before = checkpoint_lib.read_meta(self.workdir).config
-      changed = {key: pair for key, pair in config_lib.diff(config_lib.build(before), self.cfg).items()
-                 if key.startswith(('model.', 'tokenizer.')) and key not in FREE}
-      if changed:
-        text = '; '.join(f'{key} was {old!r}, is {new!r}' for key, (old, new) in changed.items())
-        raise ConfigError(f'--workdir: {self.workdir} was trained with another config: {text}; set it as it was, name '
-                          'another folder, or start a new run from these weights with --config.init_from')
-      return tokenizer_lib.load(self.workdir / 'tokenizer')
+    if self.found:
+      return resume_lib.check_tokenizer(self.found, self.cfg, self.workdir)
     if self.cfg.init_from:
-      return tokenizer_lib.load(checkpoint_lib.read_meta(self.cfg.init_from).tokenizer)
+      return tokenizer_lib.load(checkpoint_lib.find(self.cfg.init_from, items=(), verify=False).tokenizer)
     return prepare.tokenizer(self.cfg)
 
-  def resume(self, latest: int) -> None:
-    """Takes the state of the newest checkpoint; a new number of steps, or budget, is taken from the config."""
-    self.state = checkpoint_lib.restore(self.workdir, latest, self.abstract)
-    meta = checkpoint_lib.read_meta(self.workdir, latest)
-    self.earlier = meta.extra['seconds']
-    budget = meta.config['train']['minutes'], meta.config['train']['steps']
-    if not self.cfg.train.minutes or budget != (self.cfg.train.minutes, self.cfg.train.steps):
-      self.set_horizon(self.cfg.train.steps or UNKNOWN)
-    print(f'resuming {self.workdir} at step {latest}', flush=True)
+  def resume(self) -> None:
+    """Takes the state of the step that was found."""
+    with self.clock('checkpoint'):
+      self.state = checkpoint_lib.restore(self.found, abstract_state=self.abstract)
+    if jax.process_index() == 0:
+      print(f'resuming {self.directory.path} at step {self.found.step} ({self.found.verified})', flush=True)
+      if self.changed:
+        print(f'    note  changed since then: {self.changed}', flush=True)
 
   def start_from(self, path: str) -> None:
     """Takes the weights of another run; its tokenizer came with them."""
@@ -248,7 +253,7 @@ class Run:
         ('step', f'{cfg.train.batch_size} x {cfg.data.length} tokens, {self.microbatches} microbatch(es), '
                  f'{cfg.optimizer.name}, {f"{cfg.train.minutes:g} minutes" if cfg.train.minutes else cfg.train.steps} '
                  f'{"" if cfg.train.minutes else "steps"}'),
-        ('run', str(self.workdir))]
+        ('run', str(self.directory.path))]
     for name, text in lines:
       print(f'{name:>8}  {text.strip()}', flush=True)
 
@@ -256,22 +261,16 @@ class Run:
 
   def loop(self) -> None:
     cfg, step = self.cfg, self.first_step
-    horizon = self.provisional_horizon(step)
-    self.logger = metrics_lib.Logger(
-        self.workdir, cfg.log, horizon % UNKNOWN, clock=self.clock,
-        tokens_per_step=cfg.train.batch_size * cfg.data.length,
-        flops_per_token=metrics_lib.flops_per_token(self.model, cfg.data.length)['causal'],
-        peak=metrics_lib.peak_flops().flops * jax.device_count(), resumed_step=step)
-    self.cleanup.callback(self.logger.close)
-    self.valid, self.skipped = self.past_valid(), 0
-    self.listening.enter_context(self.signals())
+    self.open_logs()
+    budget, checkpoints = self.budget, self.checkpoints
     first, last = (int(x) for x in (cfg.log.profile or '0:-1').split(':'))
     profiled = range(first, last + 1)
     self.cleanup.callback(self.stop_profile)
     prefetch = self.batches.prefetch(step, rows=self.rows(), workers=cfg.data.workers)
     self.cleanup.callback(prefetch.close)
-    self.begun, pending = time.monotonic(), None
-    while step < horizon and not self.stop:
+    self.listening.enter_context(self.stop)
+    pending = None
+    while step < budget.horizon and not self.error and not self.stop.reached(step):
       if step in profiled and not self.profiling:
         start_profile(self.workdir / 'profile')
         self.profiling = True
@@ -283,13 +282,14 @@ class Run:
           self.log(*pending)                # step n - 1, while step n runs
         pending = step, metrics
       step += 1
-      if self.profiling and (step not in profiled or step >= horizon or self.stop):
+      if self.profiling and (step not in profiled or step >= budget.horizon or self.stop.asked):
         jax.block_until_ready(self.state)
         self.stop_profile()
-      if cfg.train.minutes and step < horizon:
-        horizon = self.plan(step, horizon)
-      evaluating = step < horizon and self.due(step, cfg.eval.every)
-      saving = step < horizon and self.due(step, cfg.checkpoint.every)
+      if step < budget.horizon and budget.plan(step, lambda: jax.block_until_ready(self.state['step'])):
+        self.set_horizon(budget.horizon)
+      evaluating = step < budget.horizon and self.due(step, cfg.eval.every)
+      saving = step < budget.horizon and (self.due(step, cfg.checkpoint.every) or
+                                          self.due(step, cfg.checkpoint.keep_every))
       if evaluating or saving:
         pending = self.log(*pending)        # first, so that no row is lost where a kill comes after the checkpoint
       if evaluating:
@@ -297,11 +297,39 @@ class Run:
         self.sample(step, cfg.eval.prompts)
       if saving:
         self.save(step)
+      checkpoints.check()                   # a write that failed meanwhile ends the run
     if pending is not None:
       self.log(*pending)
     self.step = step
     if step > self.first_step:
       self.save(step)
+    if self.error:
+      raise self.error
+
+  def open_logs(self) -> None:
+    """The clock, the budget and the logger, as a run that was interrupted left them."""
+    cfg, step, extra = self.cfg, self.first_step, self.found.extra if self.found else {}
+    self.clock.resume(extra.get('time', {}))
+    saved = None
+    if self.found:
+      before = self.found.config['train']
+      if (before['minutes'], before['steps']) == (cfg.train.minutes, cfg.train.steps):
+        saved = int(self.state['horizon'])
+    self.budget = Budget(cfg, step, extra.get('seconds', 0.0), saved)
+    self.set_horizon(self.budget.horizon)
+    self.logger = metrics_lib.Logger(
+        self.workdir, cfg.log, self.budget.horizon % UNKNOWN, clock=self.clock,
+        tokens_per_step=cfg.train.batch_size * cfg.data.length,
+        flops_per_token=metrics_lib.flops_per_token(self.model, cfg.data.length)['causal'],
+        peak=metrics_lib.peak_flops().flops * jax.device_count(), resumed_step=step)
+    self.cleanup.callback(self.logger.close)
+    self.valid = self.past_valid()
+    self.skipped = sum(row['kind'] == 'skipped' for row in metrics_lib.read_jsonl(self.workdir / 'events.jsonl'))
+    self.spikes = 0                         # in a row
+    if step and step < self.budget.horizon:
+      self.clock.restart()
+      damaged = ''.join(f'; step {n} is {why}' for n, why in self.found.damaged.items())
+      self.logger.event(step, 'resumed', f'at step {step}, {self.found.verified}{damaged}', quiet=True)
 
   def stop_profile(self) -> None:
     """Writes the trace, also where an error ends the loop inside the range."""
@@ -318,91 +346,42 @@ class Run:
     if step == self.first_step:
       loss = float(metrics['loss/train'])
       print(f'time to first loss {time.time() - self.started:.1f} s (loss {loss:.4f})', flush=True)
+    self.spikes = self.spikes + 1 if metrics.get('step/spike') else 0
     if metrics['step/skipped']:
-      self.skipped += 1
-      loss, norm, tokens = (float(metrics[name]) for name in ('loss/train', 'grads/norm', 'tokens'))
-      self.logger.warn(f'step {step}: loss {loss}, gradient norm {norm}, {tokens:g} tokens: nothing was updated; '
-                       f'documents: {self.documents(step)}')
-      finite = math.isfinite(loss) and math.isfinite(norm)     # then it had no tokens, which harms nothing
-      if self.cfg.train.on_nonfinite == 'stop' and not finite:
-        self.save(int(self.state['step']))
-        raise ConfigError(f'step {step}: loss or gradients are not finite; the last sound state is saved. Lower '
-                          "optimizer.learning_rate, or set train.on_nonfinite='skip' to go on without such steps")
+      self.explain_skip(step, {name: float(value) for name, value in metrics.items()})
     if (step + 1) % self.cfg.log.every == 0 or step == self.first_step:
       self.logger.log(step + 1, {name: float(value) for name, value in metrics.items()})
+
+  def explain_skip(self, step, metrics) -> None:
+    """Says why a step changed nothing, and which documents it read; stops the run where going on makes no sense."""
+    loss, norm, tokens = (metrics[name] for name in ('loss/train', 'grads/norm', 'tokens'))
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    reason = (f'a spike, more than {self.cfg.train.spike_sigmas:g} deviations above the last '
+              f'{self.cfg.train.spike_window}' if self.spikes else
+              'an empty batch' if finite and not tokens else 'not finite')
+    self.skipped += 1
+    self.logger.event(step + 1, 'skipped', f'loss {loss}, gradient norm {norm}, {tokens:g} tokens ({reason}): nothing '
+                      f'was updated; documents: {self.documents(step)}')
+    if self.cfg.train.on_nonfinite == 'stop' and not finite:
+      self.error = ConfigError(
+          f'step {step + 1}: loss or gradients are not finite; the last sound state is saved. Lower '
+          "optimizer.learning_rate, or set train.on_nonfinite='skip' to go on without such steps")
+    if self.spikes and self.spikes >= self.cfg.train.spike_window:
+      self.error = ConfigError(
+          f'step {step + 1}: {self.spikes} spikes in a row: the loss has moved for good; the last sound state is '
+          'saved. Lower optimizer.learning_rate, or raise train.spike_sigmas')
 
   def documents(self, step) -> str:
     names = dict.fromkeys(name for row in self.batches.names(step) for name in row)
     return ', '.join(itertools.islice(names, 8)) + (f' and {len(names) - 8} more' if len(names) > 8 else '')
 
-  @contextlib.contextmanager
-  def signals(self):
-    """SIGTERM and Ctrl-C: finish the step, save, end; a second Ctrl-C ends at once."""
-    def handle(number, frame):
-      if self.stop:
-        raise KeyboardInterrupt
-      self.stop = True
-      print(f'{signal.Signals(number).name}: saving at the end of this step (again: stop at once)', file=sys.stderr)
-    try:
-      old = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:                       # not the main thread (a notebook server): leave the signals alone
-      old = {}
-    try:
-      yield
-    finally:
-      for number, handler in old.items():
-        signal.signal(number, handler)
-
-  # A budget of minutes ------------------------------------------------------------------------------------------------
-
-  def provisional_horizon(self, step) -> int:
-    if not self.cfg.train.minutes:
-      return self.cfg.train.steps
-    if step:
-      horizon = int(self.state['horizon'])
-      self.planned = horizon < (self.cfg.train.steps or UNKNOWN)
-      return horizon
-    horizon = self.cfg.train.steps or UNKNOWN
-    self.set_horizon(horizon)
-    return horizon
-
   def set_horizon(self, horizon: int) -> None:
     self.state['horizon'] = jax.device_put(np.int32(horizon), self.shardings['horizon'])
-
-  def plan(self, step: int, horizon: int) -> int:
-    """The number of steps that fit the budget at the speed so far. Set once after CALIBRATE steps, and with the wsd
-    schedule again every CALIBRATE steps until the decay starts, since its stable phase does not depend on it. All
-    processes must agree, so process 0 decides."""
-    done = step - self.first_step
-    if done == 2:
-      self.calibrated = time.monotonic(), step      # the first steps pay for warming up
-    wsd = self.cfg.optimizer.schedule == 'wsd'
-    decaying = step >= (1 - self.cfg.optimizer.decay_fraction) * horizon
-    slow = done == 5                                # a first look: perhaps the budget ends before CALIBRATE steps
-    if not slow and (done < CALIBRATE or step % CALIBRATE) or decaying or (self.planned and not wsd):
-      return horizon
-    jax.block_until_ready(self.state['step'])
-    since, first = self.calibrated
-    pace = (time.monotonic() - since) / (step - first)
-    left = 60 * self.cfg.train.minutes - (time.monotonic() - self.begun) - self.earlier
-    fits = self.agree(min(step + max(1, round(left / pace)), self.cfg.train.steps or UNKNOWN))
-    if slow and fits > step + 2 * CALIBRATE:
-      return horizon
-    self.planned, horizon = True, fits
-    self.set_horizon(horizon)
-    self.logger.total_steps = horizon
-    return horizon
 
   def wait_for_all(self, name: str) -> None:
     if jax.process_count() > 1:
       from jax.experimental import multihost_utils
       multihost_utils.sync_global_devices(name)
-
-  def agree(self, n: int) -> int:
-    if jax.process_count() == 1:
-      return n
-    from jax.experimental import multihost_utils
-    return int(multihost_utils.broadcast_one_to_all(np.int32(n)))
 
   # Evaluation, samples, checkpoints -----------------------------------------------------------------------------------
 
@@ -451,8 +430,10 @@ class Run:
 
   def save(self, step: int) -> None:
     with self.clock('checkpoint'):
-      seconds = self.earlier + time.monotonic() - self.begun
-      self.checkpoints.save(step, self.state, dict(seconds=seconds))
+      stall = self.checkpoints.save(step, self.state, dict(
+          seconds=self.budget.seconds(), time=self.clock.parts(), data=self.data))
+      self.directory.publish()
+    self.logger.note(f'checkpoint of step {step} started; it held training for {stall:.3f} s')
 
   def held_out(self):
     """The bytes of every held-out document."""
@@ -467,9 +448,11 @@ class Run:
     cfg = self.cfg
     with self.clock('checkpoint'):
       self.checkpoints.wait()
+    self.clock.end()
     self.listening.close()           # everything is saved: from here on a signal ends the process as usual
-    if self.stop:
-      print(f'stopped at step {self.step}; the same command resumes', flush=True)
+    if self.stop.asked:
+      self.logger.event(self.step, 'stopped', f'{self.stop.by}: stopped at step {self.step}; the same command resumes')
+      self.directory.publish()
       return {}
     final = self.evaluate(self.step, None)
     figures = {'validation loss': final['loss/valid']}
@@ -488,6 +471,8 @@ class Run:
                              self.energy.summary(self.clock.total()))
       print('\n'.join(f'{name:>32}  {value if not isinstance(value, float) else f"{value:.4f}"}'
                       for name, value in figures.items()))
-      print(f'checkpoint  {self.workdir}\nreport      {page}\n'
-            f"sample      python -m llm_jax.sample --model={self.workdir} --prompt='def main('", flush=True)
+      where = self.directory.path
+      print(f'checkpoint  {where}\nreport      {page}\n'
+            f"sample      python -m llm_jax.sample --model={where} --prompt='def main('", flush=True)
+    self.directory.publish()
     return figures

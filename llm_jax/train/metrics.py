@@ -1,8 +1,9 @@
-"""What the training loop measures and logs: FLOPs and MFU, time by part, energy, the console line, metrics.jsonl,
-TensorBoard, and the step at which validation turned.
+"""What the training loop measures and logs: FLOPs and MFU, energy, the console line, metrics.jsonl, TensorBoard, and
+the step at which validation turned.
 
 Keys: loss/train, loss/valid, eval/bits_per_byte, grads/norm, optimizer/learning_rate, and perf/..., which Logger adds.
-Files in the run directory: metrics.jsonl, samples.jsonl, time.json, tensorboard/. report.py reads them.
+Files in the run directory: metrics.jsonl, samples.jsonl, events.jsonl (steps skipped, restarts, stops), tensorboard/.
+report.py reads them.
 """
 import contextlib
 import functools
@@ -24,6 +25,8 @@ import numpy as np
 from jax.sharding import AxisType
 
 from llm_jax import config as config_lib
+from llm_jax.config import ConfigError
+from llm_jax.train import clock as clock_lib
 
 MFU_CONVENTION = ('MFU = tokens/s x training FLOPs per token / peak FLOP/s; forward + backward = 3 x forward, matrix '
                   'products only, attention over the keys each query may see (causal), recomputation not counted')
@@ -126,53 +129,6 @@ def memory_gb() -> float:
     import resource  # no /proc on macOS; the peak, in bytes there
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
-
-
-class Clock:
-  """Wall time by part: `with clock('eval'):`. Nested parts are not counted twice; what is in no part is 'other'. The
-  sums go to <workdir>/time.json on leaving a part, at most every 2 s, and go on from there after a restart."""
-  PARTS = ('compile', 'input', 'step', 'eval', 'checkpoint', 'sample', 'other')
-
-  def __init__(self, workdir, resume: bool = True):
-    self.path = pathlib.Path(workdir) / 'time.json'
-    self._sums = dict.fromkeys(self.PARTS, 0.0)
-    if resume and self.path.exists():
-      with contextlib.suppress(ValueError, TypeError, AttributeError):     # an unreadable file: count from zero
-        self._sums.update({k: float(v) for k, v in json.loads(self.path.read_text()).items() if k in self.PARTS})
-    self._stack = ['other']
-    self._since = self._saved = time.monotonic()
-
-  @contextlib.contextmanager
-  def __call__(self, part: str):
-    if part not in self.PARTS:
-      raise ValueError(f'expected a part of {self.PARTS}, got {part!r}')
-    self._charge()
-    self._stack.append(part)
-    try:
-      yield
-    finally:
-      self._charge()
-      self._stack.pop()
-      if self._since - self._saved > 2:
-        self.save()
-
-  def _charge(self):
-    now = time.monotonic()
-    self._sums[self._stack[-1]] += now - self._since
-    self._since = now
-
-  def parts(self) -> dict[str, float]:
-    """Seconds by part until now, earlier processes of the same run included."""
-    self._charge()
-    return dict(self._sums)
-
-  def total(self) -> float:
-    return sum(self.parts().values())
-
-  def save(self):
-    self._saved = time.monotonic()
-    if jax.process_index() == 0:
-      _replace(self.path, json.dumps({k: round(v, 3) for k, v in self.parts().items()}))
 
 
 class Energy:
@@ -282,13 +238,16 @@ COLUMNS = (   # of the console line: those present are shown; every key goes to 
     ('perf/memory_gb', 'mem {:.2f} GB'))
 
 
+FILES = ('metrics.jsonl', 'samples.jsonl', 'events.jsonl')
+
+
 class Logger:
   """Writes what the loop measures; only process 0 does. tokens_per_step: B x T, padding included. flops_per_token: of
   MFU_CONVENTION. peak: FLOP/s of all devices. resumed_step: rows after it are dropped, so that the curve is that of an
   uninterrupted run; 0 starts afresh. total_steps: 0 while unknown, set later. Call close() also after an error."""
 
-  def __init__(self, workdir, log: config_lib.Log, total_steps: int, *, clock: Clock, tokens_per_step: int = 0,
-               flops_per_token: float = 0.0, peak: float = 0.0, resumed_step: int = 0):
+  def __init__(self, workdir, log: config_lib.Log, total_steps: int, *, clock: clock_lib.Clock,
+               tokens_per_step: int = 0, flops_per_token: float = 0.0, peak: float = 0.0, resumed_step: int = 0):
     self.workdir, self.total_steps, self.clock = pathlib.Path(workdir), total_steps, clock
     self.tokens_per_step, self.flops_per_token, self.peak = tokens_per_step, flops_per_token, peak
     self.main = jax.process_index() == 0
@@ -298,7 +257,7 @@ class Logger:
     if not self.main:
       return
     self.workdir.mkdir(parents=True, exist_ok=True)
-    self._files = {name: self._open(self.workdir / name, resumed_step) for name in ('metrics.jsonl', 'samples.jsonl')}
+    self._files = {name: self._open(self.workdir / name, resumed_step) for name in FILES}
     if log.progress == 'rich' or (log.progress == 'auto' and sys.stdout.isatty()):
       from rich import progress
       self._progress = progress.Progress(
@@ -363,18 +322,35 @@ class Logger:
     if self.main:
       self._print(f'WARNING: {message}', 'bold yellow')
 
+  def note(self, message: str):
+    if self.main:
+      self._print(message)
+
+  def event(self, step: int, kind: str, text: str, quiet: bool = False):
+    """What befell a run, kept in events.jsonl for the report and for the processes that go on with it."""
+    if self.main:
+      self._write('events.jsonl', dict(step=step, time=round(time.time(), 3), kind=kind, text=text))
+      if not quiet:
+        self._print(f'WARNING: step {step}: {text}', 'bold yellow')
+
   def close(self):
-    self.clock.save()
+    with contextlib.suppress(OSError):     # a full disk has ended the run already, with its message
+      self.clock.save()
     if self.main:
       for file in self._files.values():
-        file.close()
+        with contextlib.suppress(OSError):
+          file.close()
       if self._writer:
         self._writer.close()
       if self._progress:
         self._progress.stop()
 
   def _write(self, name, row):
-    self._files[name].write(json.dumps(row, allow_nan=False) + '\n')
+    try:
+      self._files[name].write(json.dumps(row, allow_nan=False) + '\n')
+    except OSError as e:
+      raise ConfigError(f'{self.workdir / name}: cannot be written ({e.strerror}); checkpoints are intact: make room, '
+                        'then start the same command again to resume') from e
 
   def _events(self):
     if self._writer is None:

@@ -1,5 +1,5 @@
 """The report of a run: report.html and report.md in its directory, the same content, each one file without outside
-requests. It comes from the arguments and from metrics.jsonl, samples.jsonl and time.json, which metrics.py writes.
+requests. It comes from the arguments and from metrics.jsonl, samples.jsonl, events.jsonl and time.json.
 
 Model output is untrusted text: it is escaped, and a Content-Security-Policy forbids the page scripts and requests.
 """
@@ -26,10 +26,11 @@ import jax
 import numpy as np
 
 from llm_jax import config as config_lib
-from llm_jax.train import metrics
+from llm_jax.train import clock, metrics
 
 PLOTS = (('optimizer/learning_rate', 'learning rate'), ('grads/norm', 'gradient norm'),
          ('perf/tokens_per_second', 'tokens per second'))
+EVENTS = 100          # shown
 POINTS = 400          # of a curve; where there are more rows, each point is the mean of its neighbours
 
 
@@ -100,12 +101,12 @@ def write(workdir, config: config_lib.Config, figures: dict, environment: dict[s
   workdir = pathlib.Path(workdir)
   rows = metrics.read_jsonl(workdir / 'metrics.jsonl')
   curves = {key: _series(rows, key) for key in ('loss/train', 'loss/valid', *(key for key, _ in PLOTS))}
-  parts = json.loads((workdir / 'time.json').read_text()) if (workdir / 'time.json').exists() else {}
+  spent = clock.read(workdir)
   if 'validation loss' in figures:
     loss = figures['validation loss']
     figures = {'validation loss': loss, 'perplexity': math.exp(loss) if loss < 700 else math.inf, **figures}
   page = _Page(f'{workdir.resolve().name}: training report')
-  page.tiles(_tiles(figures, parts, energy))
+  page.tiles(_tiles(figures, spent, energy))
   turned = metrics.turning_point(list(zip(*curves['loss/valid'])))
   if turned is not None:
     page.warning(f'Overfitting: validation loss was lowest at step {turned} '
@@ -121,13 +122,12 @@ def write(workdir, config: config_lib.Config, figures: dict, environment: dict[s
   page.heading('Curves')
   _curves(page, curves, turned)
   page.heading('Time')
-  total = sum(parts.values())
-  page.bars(('part', 'time'), [(k, v, f'{metrics.duration(v)} ({v / max(total, 1e-9):.1%})') for k, v in parts.items()])
-  page.paragraph(f'{metrics.duration(total)} of wall time in all, restarts included.')
+  _time(page, spent)
   speed, mfu = curves['perf/tokens_per_second'][1], _series(rows, 'perf/mfu')[1]
   if speed and mfu:
     page.paragraph(f'Median {np.median(speed):,.0f} tokens per second, MFU {np.median(mfu):.1%}. '
                    f'{metrics.MFU_CONVENTION}.')
+  _events(page, metrics.read_jsonl(workdir / 'events.jsonl'))
   page.heading('Energy')
   if energy:
     page.paragraph(f'About {energy["kwh"]:.4g} kWh and {energy["co2e_kg"]:.4g} kg CO2e, at {energy["watts"]:.4g} W: '
@@ -152,10 +152,33 @@ def _series(rows, key):
   return sorted(points), [points[step] for step in sorted(points)]
 
 
-def _tiles(figures, parts, energy):
+def _time(page, spent):
+  """Where the wall time went. Goodput: the share of it in steps that count."""
+  parts, total = spent['parts'], max(sum(spent['parts'].values()), 1e-9)
+  page.bars(('part', 'time'), [(words, parts[k], f'{metrics.duration(parts[k])} ({parts[k] / total:.1%})')
+                               for k, words in clock.PARTS.items()])
+  text = f'Goodput {clock.goodput(parts):.1%}: productive steps in {metrics.duration(total)} of wall time'
+  if spent['restarts']:
+    text += (f', {spent["restarts"]} restart(s) included; what they lost is steps done again and the way back to the '
+             f'first new step. Besides, no process ran for {metrics.duration(spent["down"])}')
+  page.paragraph(text + '.')
+
+
+def _events(page, rows):
+  if rows:
+    page.heading('Events')
+    page.table(('step', 'time', 'what'), [
+        (str(r['step']), time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(r['time'])), f'{r["kind"]}: {r["text"]}')
+        for r in rows[:EVENTS]])
+    if len(rows) > EVENTS:
+      page.paragraph(f'{len(rows) - EVENTS} more in events.jsonl.')
+
+
+def _tiles(figures, spent, energy):
   tiles = [(_format(figures[k]), k) for k in ('bits per byte', 'validation loss', 'perplexity') if k in figures]
-  if parts:
-    tiles.append((metrics.duration(sum(parts.values())), 'wall time'))
+  if any(spent['parts'].values()):
+    tiles.append((metrics.duration(sum(spent['parts'].values())), 'wall time'))
+    tiles.append((f'{clock.goodput(spent["parts"]):.0%}', 'of it productive steps'))
   if energy:
     kwh, kg = energy['kwh'], energy['co2e_kg']
     tiles.append((f'{kwh:.3g} kWh' if kwh >= 0.1 else f'{1000 * kwh:.2g} Wh',

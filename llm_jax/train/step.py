@@ -1,8 +1,9 @@
 """The training step: (state, batch) -> (state, metrics), a pure function jitted once with its state donated.
 
-State is a plain dict of arrays {step, horizon, params, opt_state[, ema]}. Gradients are summed over microbatches and
-divided by the tokens of the whole batch, so accumulation equals the large batch. A step whose loss or gradients are not
-finite, or that has no tokens, leaves everything but its counter bit-identical and reports step/skipped.
+State is a plain dict of arrays {step, horizon, params, opt_state[, ema][, losses]}. Gradients are summed over
+microbatches and divided by the tokens of the whole batch, so accumulation equals the large batch. A step whose loss or
+gradients are not finite, that has no tokens, or whose loss is a spike, leaves everything but its counter bit-identical
+and reports step/skipped.
 """
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,11 @@ def init_state(cfg: config_lib.Config, model: config_lib.Model, tx: optax.Gradie
   params = transformer.init(model, key)
   state = dict(step=jnp.zeros((), jnp.int32), horizon=jnp.asarray(cfg.train.steps, jnp.int32), params=params,
                opt_state=tx.init(params))
-  return state | (dict(ema=jax.tree.map(jnp.copy, params)) if cfg.train.ema else {})
+  if cfg.train.ema:
+    state['ema'] = jax.tree.map(jnp.copy, params)
+  if cfg.train.spike_window:
+    state['losses'] = jnp.full(cfg.train.spike_window, jnp.nan)       # of the newest updates; nan: none yet
+  return state
 
 
 def state_shardings(state, tx, mesh):
@@ -32,7 +37,7 @@ def state_shardings(state, tx, mesh):
   params = sharding.param_specs(state['params'], mesh)
   specs = dict(step=P(), horizon=P(), params=params,
                opt_state=optimizer_lib.opt_state_specs(tx, state['params'], params))
-  return sharding.named(mesh, specs | (dict(ema=params) if 'ema' in state else {}))
+  return sharding.named(mesh, specs | {name: of for name, of in (('ema', params), ('losses', P())) if name in state})
 
 
 def loss_sums(cfg: config_lib.Config, model: config_lib.Model, kernel: str, params, batch, key=None,
@@ -70,7 +75,7 @@ def microbatches(cfg: config_lib.Config, ways: int) -> int:
 def make_train_step(cfg: config_lib.Config, model: config_lib.Model, tx: optax.GradientTransformation, kernel: str,
                     accumulate: int = 0):
   """train_step(state, batch) -> (state, metrics). Metrics are float32 scalars: loss/train (mean nats per token, without
-  smoothing), loss/z, accuracy, grads/norm, optimizer/learning_rate, tokens, step/skipped. accumulate:
+  smoothing), loss/z, accuracy, grads/norm, optimizer/learning_rate, tokens, step/skipped[, step/spike]. accumulate:
   microbatches, from `microbatches`; 0: cfg.train.accumulate."""
   accumulate = accumulate or cfg.train.accumulate or 1
 
@@ -111,14 +116,27 @@ def make_train_step(cfg: config_lib.Config, model: config_lib.Model, tx: optax.G
       if 'ema' in state:
         new['ema'] = optimizer_lib.ema_update(state['ema'], new['params'], cfg.train.ema, state['step'])
     tokens = jnp.maximum(sums['tokens'], 1)
-    ok = jnp.isfinite(sums['loss/ce']) & jnp.isfinite(norm) & (sums['tokens'] > 0)
+    loss = sums['loss/ce'] / tokens
+    ok = jnp.isfinite(loss) & jnp.isfinite(norm) & (sums['tokens'] > 0)
+    if 'losses' in state:
+      spike = ok & is_spike(loss, state['losses'], cfg.train.spike_sigmas)
+      ok &= ~spike
+      new['losses'] = jnp.append(state['losses'][1:], loss)
     new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, {name: state[name] for name in new})
-    metrics = {'loss/train': sums['loss/ce'] / tokens, 'loss/z': sums['loss/z'] / tokens,
+    metrics = {'loss/train': loss, 'loss/z': sums['loss/z'] / tokens,
                'accuracy': sums['accuracy'] / tokens, 'grads/norm': norm, 'tokens': sums['tokens'],
                'optimizer/learning_rate': factor * cfg.optimizer.learning_rate, 'step/skipped': 1.0 - ok}
+    if 'losses' in state:
+      metrics['step/spike'] = jnp.float32(spike)
     return dict(step=state['step'] + 1, horizon=state['horizon'], **new), metrics
 
   return train_step
+
+
+def is_spike(loss, recent, sigmas: float):
+  """Whether a loss is more than so many standard deviations above the mean of the recent ones, once there are as many
+  as the window holds (the rule of OLMo-core's skip-step optimizers)."""
+  return loss > recent.mean() + sigmas * recent.std()      # false while one of them is nan
 
 
 def make_eval_step(cfg: config_lib.Config, model: config_lib.Model, kernel: str):
