@@ -125,7 +125,10 @@ def read_json(path):
 
 
 def write_json(path, value) -> None:
-  """Whole or not at all."""
+  """Whole or not at all; an object of a bucket always is."""
+  if '://' in str(path):
+    path.write_text(json.dumps(value, indent=1))
+    return
   part = path.parent / (path.name + '.part')
   part.write_text(json.dumps(value, indent=1))
   part.replace(path)

@@ -269,7 +269,8 @@ def test_a_batch_without_tokens_is_skipped_not_fatal_and_the_state_is_donated(fo
   figures = runs.train(folder, train__steps=5)
   assert figures['steps skipped'] == 1 and figures['steps'] == 5
   assert all(x.is_deleted() for x in jax.tree.leaves(states[0]))          # donated
-  assert 'step 3: loss 0.0, gradient norm 0.0, 0 tokens (an empty batch): nothing was updated; documents: ' in capsys.readouterr().out
+  assert ('step 3: loss 0.0, gradient norm 0.0, 0 tokens (an empty batch): nothing was updated; documents: '
+          in capsys.readouterr().out)
 
 
 def test_prompts_that_cannot_be_continued_are_refused_before_training(folder):

@@ -2,6 +2,8 @@
 import os
 import pathlib
 import random
+import re
+import socket
 import subprocess
 import sys
 
@@ -39,13 +41,47 @@ def train(folder: pathlib.Path, **keys) -> dict:
   return loop.train(config, workdir)
 
 
-def start(args: list[str], cwd=None, devices=1, **options) -> subprocess.Popen:
-  """`python -m llm_jax.main` with these arguments, in a process of its own."""
-  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': '1',
+def start(args: list[str], cwd=None, devices=1, code='', wrapper=(), env=None, **options) -> subprocess.Popen:
+  """`python -m llm_jax.main` with these arguments in a process of its own; `code` runs first, to break something."""
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': '1', **(env or {}),
          'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0'}
   env.pop('JAX_NUMPY_RANK_PROMOTION', None)
-  return subprocess.Popen([sys.executable, '-m', 'llm_jax.main', *args], cwd=cwd or ROOT, env=env, text=True,
+  program = ['-c', f'{code}\nimport runpy; runpy.run_module("llm_jax.main", run_name="__main__")'] if code else (
+      ['-m', 'llm_jax.main'])
+  return subprocess.Popen([*wrapper, sys.executable, *program, *args], cwd=cwd or ROOT, env=env, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def start_hosts(args: list[str], hosts: int, devices: int, **options) -> list[subprocess.Popen]:
+  """The same run in several processes, as on the hosts of a pod."""
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{s.getsockname()[1]}'
+  return [start([*args, '--config.mesh.distributed=True'], devices=devices, env=dict(
+      JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(hosts), JAX_PROCESS_ID=str(i)), **options)
+          for i in range(hosts)]
+
+
+def wait_for(process: subprocess.Popen, pattern: str) -> str:
+  """Reads the process's output up to the first line that matches; returns it all."""
+  out = ''
+  for line in process.stdout:
+    out += line
+    if re.match(pattern, line):
+      return out
+  raise AssertionError(f'no line matches {pattern!r} in:\n{out}\n{process.stderr.read()}')
+
+
+def finish(process: subprocess.Popen, code=0, timeout=120) -> tuple[str, str]:
+  """(stdout, stderr) of a process that must end with this exit status."""
+  try:
+    out, error = process.communicate(timeout=timeout)
+  except subprocess.TimeoutExpired:
+    process.kill()
+    out, error = process.communicate()
+    raise AssertionError(f'still running after {timeout} s:\n{out}\n{error}') from None
+  assert process.returncode == code, f'exit status {process.returncode}, expected {code}:\n{out}\n{error}'
+  return out, error
 
 
 def write_texts(folder: pathlib.Path, documents=24, lines=12) -> None:

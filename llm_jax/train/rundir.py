@@ -131,7 +131,7 @@ class RunDirectory:
       probe = self.path / f'{LOCK}.{os.getpid()}'
       probe.write_text('')
       probe.unlink()
-      for path in self.path.iterdir():
+      for path in self.path.iterdir() if self.path.exists() else ():     # a bucket has no empty folders
         if path.name.endswith(('.json', '.jsonl')):
           (self.local / path.name).write_bytes(path.read_bytes())
 
