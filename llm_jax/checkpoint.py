@@ -129,12 +129,12 @@ class Checkpointer:
       self.close()
 
   def _commit(self, folder, meta):
-    """In the background: what lies beside the arrays, after Orbax the manifest, after the manifest the retention."""
+    """In the background: after Orbax what lies beside the arrays, then the manifest, then the retention."""
+    self._orbax.wait_until_finished()        # first: its errors are raised here, or else by the next save
     if self._first:
       _copy(self.tokenizer, folder / 'tokenizer')
       versions = {name: importlib.metadata.version(name) for name in ('jax', 'flax', 'optax', 'orbax-checkpoint')}
       manifest.write_json(folder / 'meta.json', dict(meta, versions=versions))
-    self._orbax.wait_until_finished()
     manifest.write(folder, self._barrier)
     if self._first:
       for old in self._stale():

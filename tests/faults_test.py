@@ -35,7 +35,7 @@ from saved import (
 )
 
 from llm_jax import checkpoint, main, manifest
-from llm_jax.data import batches
+from llm_jax.data import tokenizer
 from llm_jax.train import metrics
 
 STEP = r'step +\d+/'             # the line of a step
@@ -347,7 +347,7 @@ def test_T8_ctrl_c_saves_although_it_also_reaches_the_workers_and_a_second_one_s
 # Steps ---------------------------------------------------------------------------------------------------------------
 
 POISONED = '''
-from llm_jax.data import batches
+from llm_jax.data import tokenizer
 call = batches.Batches.__call__
 def poisoned(self, step, rows=None):
   batch = call(self, step, rows)
@@ -378,32 +378,27 @@ def test_T9_a_non_finite_loss_leaves_the_state_and_names_its_documents_also_on_s
   assert runs.state_bits(tmp_path / 'stop') == runs.state_bits(tmp_path / 'empty')
 
 
-def test_T10_a_spike_is_skipped_counted_and_in_no_moment(tmp_path, monkeypatch, capsys):
-  runs.write_texts(tmp_path)
-  call = batches.Batches.__call__
+SPIKE = POISONED.replace('step == 6', 'step == 60').replace(
+    "batch['mask_BT'] = batch['mask_BT'] * float('{}')", "batch['target_BT'] = 255 - batch['target_BT']")
 
-  def changed(self, step, rows=None):
-    batch = call(self, step, rows)
-    if step == 60 and spike:
-      batch['target_BT'] = np.random.default_rng(0).integers(0, 256, batch['target_BT'].shape, dtype=np.int32)
-    if step == 60 and not spike:
-      batch['mask_BT'] = batch['mask_BT'] * 0
-    return batch
-  monkeypatch.setattr(batches.Batches, '__call__', changed)
+
+def test_T10_a_spike_is_skipped_counted_and_in_no_moment(flags, tmp_path):
   keys = dict(train__steps=80, train__spike_window=16, train__spike_sigmas=5.0, model__dropout=0.1)
-  for spike in (True, False):
-    assert runs.train(tmp_path, **keys, workdir=str(spike))['steps skipped'] == 1
-  event, = rows(tmp_path / 'True', 'events.jsonl', kind='skipped')
+  spike = runs.start(flags(**keys), code=SPIKE)
+  empty = runs.start(flags(**keys, workdir='empty'), code=POISONED.replace('step == 6', 'step == 60').format(0))
+  assert re.search(r'steps skipped  1\n', runs.finish(spike)[0]) and runs.finish(empty)
+  event, = rows(tmp_path / 'run', 'events.jsonl', kind='skipped')
   assert event['step'] == 61 and 'a spike, more than 5 deviations above the last 16' in event['text']
   assert re.search(r'\d\d\.txt', event['text'])
-  bits = runs.state_bits(tmp_path / 'True')
-  assert bits == runs.state_bits(tmp_path / 'False') and any('losses' in name for name in bits)
+  bits = runs.state_bits(tmp_path / 'run')                       # as if the batch had been empty
+  assert bits == runs.state_bits(tmp_path / 'empty') and any('losses' in name for name in bits)
 
 
 def test_T11_a_killed_data_worker_is_an_error_within_5_s_that_names_it(flags, tmp_path):
   process = runs.start(flags(train__steps=1_000_000, data__workers=2, log__every=100))
   runs.wait_for(process, STEP)
-  children = pathlib.Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+  children = [pid for path in pathlib.Path(f'/proc/{process.pid}/task').glob('*/children')
+              for pid in path.read_text().split()]
   workers = [int(pid) for pid in children if b'spawn_main' in pathlib.Path(f'/proc/{pid}/cmdline').read_bytes()]
   assert len(workers) >= 2
   os.kill(workers[-1], signal.SIGKILL)
@@ -413,13 +408,14 @@ def test_T11_a_killed_data_worker_is_an_error_within_5_s_that_names_it(flags, tm
   assert f'data worker process {workers[-1]} died (SIGKILL' in error and error.count('\n') == 1
 
 
-def test_T12_bad_utf8_is_an_error_with_file_and_offset_or_a_counted_skip_under_a_cap(flags, tmp_path, capsys):
+def test_T12_bad_utf8_is_an_error_with_file_and_offset_or_a_counted_skip_under_a_cap(flags, tmp_path, monkeypatch):
   (tmp_path / 'data' / 'bad.txt').write_bytes(b'the cat sees a \xff dog.\n')
   _, error = runs.finish(runs.start(flags()), 2)
   assert re.search(r'bad\.txt.*\b15\b', error) and error.count('\n') == 1
   assert not (tmp_path / 'run').exists()
-  figures = runs.train(tmp_path, train__steps=2, data__max_bad_records=1, data__cache_dir=tmp_path / 'other')
-  assert figures['steps'] == 2
+  runs.make_quick(monkeypatch)
+  with pytest.warns(UserWarning, match=r'skipped bad record 1 of at most 1: .*bad\.txt'):
+    assert runs.train(tmp_path, train__steps=2, data__max_bad_records=1)['steps'] == 2
 
 
 # Exact resume and other meshes ---------------------------------------------------------------------------------------
@@ -435,13 +431,13 @@ def test_T13_T18_killed_anywhere_the_resumed_run_is_bitwise_the_uninterrupted_on
   whole = runs.start(flags(**keys, workdir='whole'))
   rng, killed = random.Random(kills), 0
   while killed < kills:
-    process = runs.start(flags(**keys))
+    process = runs.start(flags(**keys), start_new_session=True)
     runs.wait_for(process, STEP)
     time.sleep(rng.uniform(0, 0.8))
     killed += process.poll() is None
     assert process.returncode is None, process.communicate()
     process.kill()
-    process.communicate()
+    process.communicate(timeout=20)                              # the workers, who share its pipes, end too
   out, _ = runs.finish(runs.start(flags(**keys)))
   runs.finish(whole)
   assert runs.state_bits(tmp_path / 'run') == runs.state_bits(tmp_path / 'whole')
@@ -457,7 +453,7 @@ MESHES = {'1': (1, {}), '2 data x 2 fsdp x 2 tensor': (8, dict(mesh__data=2, mes
 
 @pytest.mark.parametrize('slow', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_T13_T14_saved_on_8_devices_other_meshes_and_hosts_give_the_same_tokens_and_losses(flags, tmp_path, slow):
-  keys = dict(train__accumulate=1, model__dropout=0.1, optimizer__learning_rate=1e-3)
+  keys = dict(train__accumulate=1, model__dropout=0.1, optimizer__learning_rate=1e-3, optimizer__schedule='constant')
   runs.finish(runs.start(flags(**keys, train__steps=6), devices=8))
   started = {}
   for name, (devices, mesh) in [*MESHES.items()][:4 if slow else 2]:
@@ -520,7 +516,9 @@ def test_T15_dtype_changes_only_when_asked_for(run):
   assert_same_bits(back, state | dict(params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), state['params'])))
 
 
-def test_T16_another_config_text_or_tokenizer_is_refused_with_a_diff_and_init_from_goes_on(flags, tmp_path, capsys):
+def test_T16_another_config_text_or_tokenizer_is_refused_with_a_diff_and_init_from_goes_on(
+    flags, tmp_path, capsys, monkeypatch):
+  runs.make_quick(monkeypatch)
   refused = functools.partial(refuse, capsys)
   keys = dict(tokenizer__kind='char', train__steps=3, log__compile_cache='False')
   main.main(flags(**keys))
@@ -536,9 +534,10 @@ def test_T16_another_config_text_or_tokenizer_is_refused_with_a_diff_and_init_fr
   (moved / '03.txt').write_text('the cat sees a dog.\n')
   error = refused(flags(**keys | dict(train__steps=5, data__path=moved)))
   assert f'config.data: since step 4 changed: train text of text {moved}' in error
-  (tmp_path / 'run' / 'tokenizer' / 'meta.json').write_text(
-      (tmp_path / 'run' / 'tokenizer' / 'meta.json').read_text().replace('abc', 'bac'))
-  assert 'fingerprint' in refused(flags(**keys | dict(train__steps=5)))
+  tokenizer.Char('abc').save(tmp_path / 'run' / 'tokenizer')
+  error = refused(flags(**keys | dict(train__steps=5)))
+  assert re.search(r'run/tokenizer is not the tokenizer that step 4 was trained with: it was char, \d+ ids, \w{8}, is '
+                   r'char, 3 ids', error)
   shutil.copytree(folder_of(tmp_path / 'run', 4) / 'tokenizer', tmp_path / 'run' / 'tokenizer', dirs_exist_ok=True)
   main.main(flags(**dict(keys, train__batch_size=16, data__path=moved, init_from=tmp_path / 'run', workdir='new')))
   assert checkpoint.latest_step(tmp_path / 'new') == 3

@@ -21,7 +21,7 @@ from llm_jax import checkpoint, main, sharding
 from llm_jax.config import ConfigError
 from llm_jax.train import loop
 
-REAL_MESH, REAL_WRITE = sharding.make_mesh, loop.report.write
+REAL_MESH, REAL_WRITE = runs.REAL_MESH, loop.report.write
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -35,16 +35,9 @@ def programs(tmp_path_factory):
   compilation_cache.reset_cache()
 
 
-def make_quick(patch):
-  """One device, XLA without its optimiser, no plots: these runs would else spend their time on those."""
-  patch.setattr(sharding, 'make_mesh', lambda mesh: REAL_MESH(mesh, jax.devices()[:1]))
-  patch.setattr(jax, 'jit', quick_jit)
-  patch.setattr(loop.report, 'write', lambda workdir, *_: (workdir / 'report.html', workdir / 'report.md'))
-
-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-  make_quick(monkeypatch)
+  runs.make_quick(monkeypatch)
 
 
 @pytest.fixture
@@ -84,7 +77,7 @@ def whole(tmp_path_factory):
   runs.write_texts(folder)
   out = io.StringIO()
   with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
-    make_quick(patch)
+    runs.make_quick(patch)
     patch.setattr(loop.report, 'write', REAL_WRITE)
     figures = runs.train(folder, **HARD, eval__prompts="('the ',)", eval__samples=1, eval__python='True')
   return folder, figures, out.getvalue()
@@ -351,42 +344,3 @@ def test_a_run_on_a_mesh_evaluates_samples_saves_and_resumes_on_another(folder, 
   assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(params))
   monkeypatch.setattr(sharding, 'make_mesh', lambda mesh: REAL_MESH(mesh, jax.devices()[:1]))
   assert runs.train(folder, train__steps=4)['steps'] == 4
-
-
-def test_sigterm_to_a_real_process_saves_and_the_resumed_run_is_bitwise_the_uninterrupted_one(folder):
-  keys = dict(train__steps=40, model__dropout=0.1, log__compile_cache='True', data__packing='pack')
-  process = runs.start(runs.flags(folder, **keys, workdir='stopped', train__accumulate=2))
-  out = ''
-  for line in process.stdout:
-    out += line
-    if re.match(r'step +\d+/40 ', line) and process.poll() is None:
-      process.send_signal(signal.SIGTERM)
-      break
-  rest, error = process.communicate(timeout=120)
-  assert process.returncode == 0, error
-  assert re.fullmatch(r'SIGTERM: saving at the end of this step.*\n', error)
-  stopped = checkpoint.latest_step(folder / 'stopped')
-  assert 0 < stopped < 40 and f'stopped at step {stopped}' in rest
-  for name in ('stopped', 'whole'):
-    process = runs.start(runs.flags(folder, **keys, workdir=name, train__accumulate=2))
-    out, error = process.communicate(timeout=300)
-    assert process.returncode == 0, error
-    assert error == ''                                       # no warning of any library
-  assert runs.state_bits(folder / 'stopped') == runs.state_bits(folder / 'whole')
-  assert runs.curve(folder / 'stopped') == runs.curve(folder / 'whole')
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('workers', [0, 2])
-def test_ctrl_c_saves_although_it_also_reaches_the_workers(folder, workers):
-  """A terminal sends it to every process of the foreground group."""
-  process = runs.start(runs.flags(folder, train__steps=100_000, data__workers=workers, checkpoint__every=0),
-                       start_new_session=True)
-  for line in process.stdout:
-    if re.match(r'step +\d+/', line):
-      os.killpg(process.pid, signal.SIGINT)
-      break
-  _, error = process.communicate(timeout=120)
-  assert process.returncode == 0, error
-  assert 'SIGINT: saving at the end of this step' in error and 'Traceback' not in error
-  assert checkpoint.latest_step(folder / 'run') > 0

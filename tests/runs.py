@@ -8,8 +8,9 @@ import subprocess
 import sys
 
 import jax
+from tiny import quick_jit
 
-from llm_jax import checkpoint, main
+from llm_jax import checkpoint, main, sharding
 from llm_jax.train import metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -82,6 +83,17 @@ def finish(process: subprocess.Popen, code=0, timeout=120) -> tuple[str, str]:
     raise AssertionError(f'still running after {timeout} s:\n{out}\n{error}') from None
   assert process.returncode == code, f'exit status {process.returncode}, expected {code}:\n{out}\n{error}'
   return out, error
+
+
+REAL_MESH = sharding.make_mesh
+
+
+def make_quick(patch) -> None:
+  """One device, XLA without its optimiser, no plots: runs in this process would else spend their time on those."""
+  from llm_jax.train import loop
+  patch.setattr(sharding, 'make_mesh', lambda mesh: REAL_MESH(mesh, jax.devices()[:1]))
+  patch.setattr(jax, 'jit', quick_jit)
+  patch.setattr(loop.report, 'write', lambda workdir, *_: (workdir / 'report.html', workdir / 'report.md'))
 
 
 def write_texts(folder: pathlib.Path, documents=24, lines=12) -> None:

@@ -5,6 +5,7 @@ killed becomes an error that names it, never a hang (Grain itself can wait for e
 """
 import contextlib
 import multiprocessing
+import os
 import queue
 import signal
 import sys
@@ -25,8 +26,19 @@ class _Steps:
   def __len__(self):
     return STEPS
 
+  def __setstate__(self, state):                            # in a worker
+    self.__dict__.update(state)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
   def __getitem__(self, i):
     return self.start + i, self.batches(self.start + i, self.rows)
+
+
+def _end_with_parent():
+  """A worker whose training process was killed would else wait for it for ever, with its memory."""
+  if parent := multiprocessing.parent_process():
+    parent.join()
+    os._exit(1)
 
 
 class Prefetch:
