@@ -68,7 +68,7 @@ class Checkpointer:
         elif self._saved is not None and int(folder.name) > self._saved:
           _set_aside(folder)
       manifest.write_json(self.workdir / 'config.json', dict(format_version=FORMAT, config=config))
-    self._orbax = _orbax().AsyncCheckpointer(_orbax().CompositeCheckpointHandler())
+    self._orbax = self._new_orbax()
     self._executor = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
 
   def save(self, step: int, state: dict, extra: dict | None = None) -> float:
@@ -161,9 +161,16 @@ class Checkpointer:
       except Exception as e:
         raise self._failed(e) from e
 
+  def _new_orbax(self):
+    return _orbax().AsyncCheckpointer(_orbax().CompositeCheckpointHandler())
+
   def _failed(self, e):
     self._saved = None
-    reason = ' '.join(f'{type(e).__name__}: {e}'.split())[:300]
+    with contextlib.suppress(Exception):     # what else it has to say of this write, it would say at the next one
+      self._orbax.close()
+    self._orbax = self._new_orbax()
+    reason = ' '.join(f'{type(e).__name__}: {e}'.split())
+    reason = reason if len(reason) < 300 else f'{reason[:100]} ... {reason[-200:]}'      # the cause comes last
     return ConfigError(f'{self._writing}: this checkpoint could not be written ({reason}); earlier steps are intact: '
                        'make room or check the disk, then start the same command again to resume')
 
@@ -360,11 +367,13 @@ def _by_item(flat: dict) -> dict:
 
 
 def _orbax():
-  """Orbax, imported late (it takes a second) and silenced: its notes on shardings and barriers are not for users."""
+  """Orbax, imported late (it takes a second) and silenced: its notes on shardings and barriers are not for users, nor a
+  traceback for each array of a write whose failure is reported in one line."""
   import orbax.checkpoint as ocp
   logger = logging.getLogger('absl')
   if _not_orbax not in logger.filters:
     logger.addFilter(_not_orbax)
+    logging.getLogger('asyncio').addFilter(lambda record: 'exception was never retrieved' not in record.getMessage())
   return ocp
 
 

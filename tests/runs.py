@@ -42,13 +42,14 @@ def train(folder: pathlib.Path, **keys) -> dict:
   return loop.train(config, workdir)
 
 
-def start(args: list[str], cwd=None, devices=1, code='', wrapper=(), env=None, **options) -> subprocess.Popen:
-  """`python -m llm_jax.main` with these arguments in a process of its own; `code` runs first, to break something."""
+def start(args: list[str], cwd=None, devices=1, code='', wrapper=(), env=None, module='llm_jax.main',
+          **options) -> subprocess.Popen:
+  """`python -m MODULE` with these arguments in a process of its own; `code` runs first, to break something."""
   env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': '1', **(env or {}),
          'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0'}
   env.pop('JAX_NUMPY_RANK_PROMOTION', None)
-  program = ['-c', f'{code}\nimport runpy; runpy.run_module("llm_jax.main", run_name="__main__")'] if code else (
-      ['-m', 'llm_jax.main'])
+  program = ['-c', f'{code}\nimport runpy; runpy.run_module({module!r}, run_name="__main__")'] if code else (
+      ['-m', module])
   return subprocess.Popen([*wrapper, sys.executable, *program, *args], cwd=cwd or ROOT, env=env, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
