@@ -1,14 +1,18 @@
 """Speed, each figure beside a peer and the machine's limit, measured in one run:
 
   python -m llm_jax.bench train [--peer=torch] [--layers=6 --width=384 --length=256 --batch=16] [--rounds=7]
+  python -m llm_jax.bench save [--mb=400] [--rounds=7]        checkpoints, beside Orbax alone
 
 Rounds alternate between ours and the peer's, so that a machine whose speed drifts slows both; medians are printed.
 Results that were kept are in docs/benchmarks.md. The peer needs the `parity` extra.
 """
 import os
+import pathlib
 import platform
+import shutil
 import statistics
 import sys
+import tempfile
 import time
 
 from llm_jax import config as config_lib
@@ -139,9 +143,6 @@ def train(flags) -> None:
   import numpy as np
 
   from llm_jax.train import metrics
-  for name in SIZES:
-    if getattr(flags, name) <= 0:
-      raise ConfigError(f'--{name}: expected a positive number, got {getattr(flags, name)}')
   if flags.width % 64:
     raise ConfigError(f'--width: expected a multiple of 64 (the width of a head), got {flags.width}')
   token_BT = np.random.default_rng(0).integers(0, VOCAB, (flags.batch, flags.length + 1), dtype=np.int32)
@@ -170,6 +171,57 @@ def train(flags) -> None:
   print(f'{"limit":>24}  {peak.flops / flops["causal"]:>9,.0f} tok/s  ({peak.source})')
 
 
+def save(flags) -> None:
+  """Prints how long a save holds the caller and how long it takes to be complete, ours and Orbax alone, and what
+  verifying costs a restore."""
+  import jax
+  import orbax.checkpoint as ocp
+
+  from llm_jax import checkpoint
+  width = 1024
+  layers = max(1, round(flags.mb * 1e6 / (3 * 4 * 4 * width * width)))
+  params = lambda seed: {'w_up_DF': jax.random.normal(jax.random.key(seed), (layers, width, 4 * width))}
+  state = dict(params=params(0), step=jax.numpy.int32(0), opt_state=dict(mu=params(1), nu=params(2)))
+  jax.block_until_ready(state)
+  size = sum(x.nbytes for x in jax.tree.leaves(state)) / 1e6
+  held, whole = {'llm_jax': [], 'orbax': []}, {'llm_jax': [], 'orbax': []}
+  with tempfile.TemporaryDirectory() as folder:
+    run = pathlib.Path(folder) / 'run'
+    (run / 'tokenizer').mkdir(parents=True)
+    (run / 'tokenizer' / 'meta.json').write_text('{}')
+    alone = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+    with checkpoint.Checkpointer(run, 1, {}) as ours:
+      for i in range(flags.rounds + 1):                  # the first warms up
+        start = time.perf_counter()
+        held['llm_jax'].append(ours.save(i + 1, state))
+        ours.wait()
+        whole['llm_jax'].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        items = dict(params=state['params'], train={k: v for k, v in state.items() if k != 'params'})
+        alone.save(pathlib.Path(folder) / f'{i}', args=ocp.args.Composite(
+            **{name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}))
+        held['orbax'].append(time.perf_counter() - start)
+        alone.wait_until_finished()
+        whole['orbax'].append(time.perf_counter() - start)
+        shutil.rmtree(pathlib.Path(folder) / f'{i}')
+    alone.close()
+    print(f'save {size:.0f} MB, {flags.rounds} rounds, medians; {hardware()}, jax {jax.__version__}')
+    for what, seconds in (('holds the caller', held), ('is complete after', whole)):
+      ours_s, theirs_s = seconds['llm_jax'][1:], seconds['orbax'][1:]
+      ratio = statistics.median(a / b for a, b in zip(ours_s, theirs_s))
+      print(f'{what:>24}  {statistics.median(ours_s):.3f} s  orbax alone {statistics.median(theirs_s):.3f} s  '
+            f'ours/orbax {ratio:.2f}x')
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    read = {True: [], False: []}
+    for _ in range(flags.rounds):
+      for verify in read:
+        start = time.perf_counter()
+        jax.block_until_ready(checkpoint.restore(run, None, abstract, verify=verify))
+        read[verify].append(time.perf_counter() - start)
+    print(f'{"restore, verified":>24}  {statistics.median(read[True]):.3f} s  not verified '
+          f'{statistics.median(read[False]):.3f} s')
+
+
 def hardware() -> str:
   """The device and host in a few words."""
   import jax
@@ -179,14 +231,19 @@ def hardware() -> str:
 
 def main(argv: list[str]) -> None:
   parser = config_lib.Parser('llm_jax.bench', __doc__)
-  parser.add_argument('what', choices=('train',))
+  parser.add_argument('what', choices=('train', 'save'))
   parser.add_argument('--peer', choices=('none', 'torch'), default='none')
   parser.add_argument('--compiled', action='store_true', help='also torch.compile (slow to start)')
+  parser.add_argument('--mb', type=int, default=400, help='of the state that save writes')
   parser.add_argument('--dtype', default='auto', choices=('auto', 'float32', 'bfloat16'))
   for name, value in SIZES.items():
     parser.add_argument(f'--{name}', type=int, default=value)
   with config_lib.one_line_errors('--debug' in argv):
-    train(parser.parse_args(argv))
+    flags = parser.parse_args(argv)
+    for name in ('mb', *SIZES):
+      if getattr(flags, name) <= 0:
+        raise ConfigError(f'--{name}: expected a positive number, got {getattr(flags, name)}')
+    dict(train=train, save=save)[flags.what](flags)
 
 
 if __name__ == '__main__':

@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 
 import jax
 from tiny import quick_jit
@@ -50,8 +51,11 @@ def start(args: list[str], cwd=None, devices=1, code='', wrapper=(), env=None, m
   env.pop('JAX_NUMPY_RANK_PROMOTION', None)
   program = ['-c', f'{code}\nimport runpy; runpy.run_module({module!r}, run_name="__main__")'] if code else (
       ['-m', module])
-  return subprocess.Popen([*wrapper, sys.executable, *program, *args], cwd=cwd or ROOT, env=env, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+  errors = tempfile.TemporaryFile('w+')       # a pipe that nobody reads meanwhile would fill and stop the process
+  process = subprocess.Popen([*wrapper, sys.executable, *program, *args], cwd=cwd or ROOT, env=env, text=True,
+                             stdout=subprocess.PIPE, stderr=errors, **options)
+  process.errors = errors
+  return process
 
 
 def start_hosts(args: list[str], hosts: int, devices: int, **options) -> list[subprocess.Popen]:
@@ -71,17 +75,23 @@ def wait_for(process: subprocess.Popen, pattern: str) -> str:
     out += line
     if re.match(pattern, line):
       return out
-  raise AssertionError(f'no line matches {pattern!r} in:\n{out}\n{process.stderr.read()}')
+  raise AssertionError(f'no line matches {pattern!r} in:\n{out}\n{read_errors(process)}')
+
+
+def read_errors(process: subprocess.Popen) -> str:
+  process.errors.seek(0)
+  return process.errors.read()
 
 
 def finish(process: subprocess.Popen, code=0, timeout=120) -> tuple[str, str]:
   """(stdout, stderr) of a process that must end with this exit status."""
   try:
-    out, error = process.communicate(timeout=timeout)
+    out, _ = process.communicate(timeout=timeout)
   except subprocess.TimeoutExpired:
     process.kill()
-    out, error = process.communicate()
-    raise AssertionError(f'still running after {timeout} s:\n{out}\n{error}') from None
+    out, _ = process.communicate()
+    raise AssertionError(f'still running after {timeout} s:\n{out}\n{read_errors(process)}') from None
+  error = read_errors(process)
   assert process.returncode == code, f'exit status {process.returncode}, expected {code}:\n{out}\n{error}'
   return out, error
 
