@@ -26,7 +26,8 @@ def write(folder, barrier: typing.Callable[[str], None] = lambda name: None) -> 
   """Makes a step complete. Every process calls it once the arrays are committed: each hashes its own files; after
   `barrier` (which waits for all processes) process 0 joins what they found."""
   me, count = jax.process_index(), jax.process_count()
-  mine = {name: [path.stat().length, _sha256(path)] for name, path in files_of(folder) if _owner(name, count) == me}
+  names = [name for name, _ in files_of(folder) if _owner(name, count) == me]
+  mine = {n: [(folder / n).stat().length, digest] for n, digest in zip(names, _digests(folder, names))}
   if count == 1:
     write_json(folder / NAME, dict(format_version=FORMAT, files=mine))
     return
@@ -79,9 +80,8 @@ def verify(folder, skip: tuple[str, ...] = ()) -> Verified:
   files = read_json(folder / NAME)['files']
   read = sorted(name for name in files if not name.startswith(skip))
   mine = range(jax.process_index(), len(read), jax.process_count())
-  with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    digests = pool.map(lambda i: _sha256(folder / read[i]), mine)
-    bad = _gather({i for i, digest in zip(mine, digests) if digest != files[read[i]][1]}, len(read))
+  digests = _digests(folder, [read[i] for i in mine])
+  bad = _gather({i for i, digest in zip(mine, digests) if digest != files[read[i]][1]}, len(read))
   names = ', '.join(read[i] for i in sorted(bad))
   why = f'damaged: the contents of {names} changed since they were written (sha256)' if bad else ''
   return Verified(why, len(read), sum(files[name][0] for name in read))
@@ -115,9 +115,13 @@ def files_of(folder, prefix=''):
       yield prefix + path.name, path
 
 
-def _sha256(path) -> str:
-  with path.open('rb') as f:
-    return hashlib.file_digest(f, 'sha256').hexdigest()
+def _digests(folder, names) -> list[str]:
+  """The sha256 of each file, several at a time."""
+  def sha256(name):
+    with (folder / name).open('rb') as f:
+      return hashlib.file_digest(f, 'sha256').hexdigest()
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    return list(pool.map(sha256, names))
 
 
 def read_json(path):
