@@ -56,6 +56,10 @@ class Checkpointer:
     self.tokenizer = self.workdir / 'tokenizer' if tokenizer is None else _path(tokenizer)
     self.stall_seconds = 0.0
     self._pending, self._writing, self._count = None, None, itertools.count()
+    self._stage = None if _native(self.workdir) else tempfile.TemporaryDirectory(prefix='llm_jax')
+    if self._stage and jax.process_count() > 1:
+      raise ConfigError(f'--workdir: {self.workdir}: several processes cannot write there together; use gs:// or a '
+                        'shared folder')
     self._first = jax.process_index() == 0
     if self._first and not self.tokenizer.is_dir():
       raise ConfigError(f'{self.tokenizer}: no such folder; save the tokenizer there before checkpointing')
@@ -82,9 +86,9 @@ class Checkpointer:
     if step == self._saved:
       return self._stalled(start)
     ocp = _orbax()
-    folder = self.workdir / 'checkpoints' / str(step)
+    self._writing = self.workdir / 'checkpoints' / str(step)
+    folder = epath.Path(self._stage.name) / str(step) if self._stage else self._writing
     flat = _flat(state)
-    self._writing = folder
     try:
       if self._first:
         if folder.exists():
@@ -118,6 +122,8 @@ class Checkpointer:
       self.wait()
     finally:
       self._executor.shutdown()
+      if self._stage:
+        self._stage.cleanup()
       with contextlib.suppress(Exception):   # its own wait: the error was raised above, once
         self._orbax.close()
 
@@ -136,6 +142,8 @@ class Checkpointer:
       versions = {name: importlib.metadata.version(name) for name in ('jax', 'flax', 'optax', 'orbax-checkpoint')}
       manifest.write_json(folder / 'meta.json', dict(meta, versions=versions))
     manifest.write(folder, self._barrier)
+    if self._stage:
+      _move(folder, self.workdir / 'checkpoints' / folder.name)
     if self._first:
       for old in self._stale():
         stale = self.workdir / 'checkpoints' / str(old)
@@ -335,9 +343,11 @@ def _read_arrays(folder, wanted: dict) -> dict:
   read = {}
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     for item, tree in _by_item(wanted).items():
+      source = folder / 'state' / item
+      source = source if _native(source) else _local(source)
       args = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(
           sharding=x.sharding or one, global_shape=x.shape, dtype=x.dtype), tree)
-      restored = checkpointer.restore(folder / 'state' / item, args=ocp.args.PyTreeRestore(tree, restore_args=args))
+      restored = checkpointer.restore(source, args=ocp.args.PyTreeRestore(tree, restore_args=args))
       read |= _flat(restored if item == 'train' else {item: restored})
   return read
 
@@ -406,11 +416,29 @@ def _copy(source, target):
     path.copy(target / name)
 
 
+def _native(path) -> bool:
+  """Whether Orbax writes arrays there. For other buckets a step is made in a local folder and then moved."""
+  return '://' not in str(path) or str(path).startswith('gs://')
+
+
+def _move(folder, target):
+  """A complete step, its manifest last."""
+  if target.exists():
+    target.rmtree()
+  _copy(folder, target)
+  (target / manifest.NAME).write_bytes((folder / manifest.NAME).read_bytes())
+  folder.rmtree()
+
+
+_downloads = []                # removed when the program ends
+
+
 def _local(folder) -> epath.Path:
   """The folder, or a copy of a bucket's, for libraries that open files by their names."""
   if '://' not in str(folder):
     return folder
-  target = epath.Path(tempfile.mkdtemp(prefix='llm_jax'))
+  _downloads.append(tempfile.TemporaryDirectory(prefix='llm_jax'))
+  target = epath.Path(_downloads[-1].name)
   _copy(folder, target)
   return target
 

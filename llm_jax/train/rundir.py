@@ -1,6 +1,6 @@
 """The run directory: tried, locked against a second writer and measured before step 0.
 
-Checkpoints go to `path` through etils.epath, local or gs://, s3://. What is appended to by the line (metrics, samples,
+Checkpoints go to `path` through etils.epath, local, gs:// or s3://. What is appended to by the line (metrics, samples,
 events, TensorBoard) needs a file system: it goes to `local`, which is the same folder, or for a bucket a folder of the
 cache that publish() copies to the bucket with every checkpoint and at the end.
 """
@@ -24,7 +24,7 @@ from etils import epath
 from llm_jax.config import ConfigError
 
 LOCK = 'lock'
-SCHEMES = ('gs', 's3')
+CLIENTS = dict(gs='gcsfs', s3='s3fs')      # what reaches a bucket
 
 
 class RunDirectory:
@@ -33,8 +33,8 @@ class RunDirectory:
   def __init__(self, workdir, cache: pathlib.Path):
     scheme, separator, _ = str(workdir).partition('://')
     self.bucket = bool(separator)
-    if self.bucket and scheme not in SCHEMES:
-      raise ConfigError(f'--workdir: {workdir}: expected a local path, {" or ".join(s + "://" for s in SCHEMES)}')
+    if self.bucket and scheme not in CLIENTS:
+      raise ConfigError(f'--workdir: {workdir}: expected a local path, {" or ".join(s + "://" for s in CLIENTS)}')
     if self.bucket:
       self.path = epath.Path(str(workdir).rstrip('/'))
       self.local = cache / 'runs' / hashlib.sha256(str(self.path).encode()).hexdigest()[:20]
@@ -95,7 +95,7 @@ class RunDirectory:
       seen = seen or json.loads((self.local / LOCK).read_text())['secret'] == expected
     if not np.all(multihost_utils.process_allgather(np.bool_(seen))):
       raise ConfigError(f'--workdir: not every host sees the same {self.local}; name a shared folder (NFS) or a bucket '
-                        '(gs://, s3://)')
+                        '(gs://)')
 
   def check_room(self, size: int, keep: int, complete: int) -> None:
     """Raises ConfigError where the disk cannot hold the checkpoints of a run: `keep` and the one being written, of
@@ -151,8 +151,7 @@ def _bucket_errors(path):
   try:
     yield
   except ImportError as e:
-    raise ConfigError(f"--workdir: {path} needs {'gcsfs' if str(path).startswith('gs') else 's3fs'}; "
-                      f"pip install -e '.[bucket]' ({e})") from e
+    raise ConfigError(f"--workdir: {path} needs {CLIENTS[str(path)[:2]]}; pip install -e '.[bucket]' ({e})") from e
   except Exception as e:
     raise ConfigError(f'--workdir: {path}: {type(e).__name__}: {" ".join(str(e).split())[:200]}; check the bucket\'s '
                       'name and your credentials') from e
