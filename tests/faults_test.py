@@ -339,7 +339,9 @@ def test_T8_ctrl_c_saves_although_it_also_reaches_the_workers_and_a_second_one_s
   _, error = runs.finish(process, 130)
   assert time.monotonic() - start < 10 and 'the same command goes on' in error and 'Traceback' not in error
   with pytest.raises(ProcessLookupError):                         # no worker is left
-    os.killpg(process.pid, 0)
+    while time.monotonic() - start < 15:
+      os.killpg(process.pid, 0)
+      time.sleep(0.1)
   found = checkpoint.find(tmp_path / 'run')
   assert found.step == saved and checkpoint.verify(found.folder) == ''
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from llm_jax import config as config_lib
 from llm_jax.models import transformer
-from llm_jax.train import metrics
+from llm_jax.train import clock, metrics
 
 LINES = config_lib.Log(progress='lines', tensorboard=False)
 GPT2 = config_lib.derive(config_lib.Model(vocab_size=50304, layers=12, width=768, heads=12), length=1024)
@@ -26,17 +26,18 @@ GPT2 = config_lib.derive(config_lib.Model(vocab_size=50304, layers=12, width=768
 
 @pytest.fixture
 def sleep(monkeypatch):
-  """Moves the time that metrics.py reads."""
+  """Moves the time that metrics.py and clock.py read."""
   now = [1000.0]
   read = lambda: now[0]
-  monkeypatch.setattr(metrics, 'time', types.SimpleNamespace(monotonic=read, time=read))
+  for module in (metrics, clock):
+    monkeypatch.setattr(module, 'time', types.SimpleNamespace(monotonic=read, time=read))
   def advance(seconds):
     now[0] += seconds
   return advance
 
 
 def logger(folder, log=LINES, total=100, **kwargs):
-  return metrics.Logger(folder, log, total, clock=metrics.Clock(folder), **kwargs)
+  return metrics.Logger(folder, log, total, clock=clock.Clock(folder), **kwargs)
 
 
 def test_flops_of_gpt2_by_hand():
@@ -187,8 +188,8 @@ def test_lines_where_stdout_is_no_terminal_or_ascii(tmp_path):
   code = textwrap.dedent('''
       import sys
       from llm_jax import config
-      from llm_jax.train import metrics
-      log = metrics.Logger(sys.argv[1], config.Log(), 10, clock=metrics.Clock(sys.argv[1]))
+      from llm_jax.train import clock, metrics
+      log = metrics.Logger(sys.argv[1], config.Log(), 10, clock=clock.Clock(sys.argv[1]))
       log.log(1, {'loss/train': 1.0})
       log.text(1, 'sample', 'caf\\u00e9 \\ufffd')
       log.close()
@@ -198,29 +199,6 @@ def test_lines_where_stdout_is_no_terminal_or_ascii(tmp_path):
   assert done.returncode == 0, done.stderr
   assert done.stdout.splitlines() == ['step  1/10 | loss 1.0000', '--- step 1: sample ---', 'caf? ?', '---']
 
-
-def test_clock_counts_nested_parts_once_and_survives_restarts(tmp_path, sleep):
-  clock = metrics.Clock(tmp_path)
-  with clock('eval'):
-    sleep(1)
-    with clock('sample'):
-      sleep(2)
-    sleep(4)
-  sleep(8)
-  with pytest.raises(RuntimeError), clock('step'):
-    sleep(16)
-    raise RuntimeError
-  expected = dict.fromkeys(metrics.Clock.PARTS, 0.0) | dict(eval=5, sample=2, other=8, step=16)
-  assert clock.parts() == expected and clock.total() == 31
-  again = metrics.Clock(tmp_path)                       # after a kill: leaving a part had written the file
-  with again('sample'):
-    sleep(0.5)
-  assert again.parts() == expected | dict(sample=2.5)
-  assert metrics.Clock(tmp_path, resume=False).total() == 0
-  (tmp_path / 'time.json').write_text('{"step": 1')
-  assert metrics.Clock(tmp_path).total() == 0
-  with pytest.raises(ValueError, match='lunch'), clock('lunch'):
-    pass
 
 
 def test_energy_assumed_on_cpu():

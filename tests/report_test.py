@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_jax import config as config_lib
+from llm_jax.train import clock as clock_lib
 from llm_jax.train import metrics, report
 
 ATTACK = '</pre><script src="https://x.example/a.js">f(1)</script><img src=//x.example/a.png onerror=f(2)>\n````'
@@ -28,7 +29,7 @@ ENERGY = dict(kwh=0.25, co2e_kg=0.1, watts=20.0, assumptions='2 cores x 10 W ass
 def run(folder, turns=True, steps=1000):
   """A run directory as the loop leaves it."""
   folder.mkdir(parents=True, exist_ok=True)
-  clock = metrics.Clock(folder)
+  clock = clock_lib.Clock(folder)
   log = metrics.Logger(folder, config_lib.Log(progress='lines', tensorboard=False), steps, clock=clock,
                        tokens_per_step=4096, flops_per_token=1e6, peak=1e12)
   for step in range(10, steps + 1, 10):
