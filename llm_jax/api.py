@@ -95,7 +95,7 @@ def load(path, step: int | None = None, ema: bool = False, dtype: str | None = N
   jax.set_mesh, or on one device. Raises ConfigError for what is no such folder.
   """
   found = checkpoint_lib.find(path, step, ('params', 'ema') if ema else ('params',), verify)
-  config = config_lib.build(found.config)
+  config = checkpoint_lib.config_of(found)
   if dtype is not None:
     config = config_lib.check(dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype)))
   tokenizer = tokenizer_lib.load(found.tokenizer)

@@ -44,26 +44,27 @@ class Step(typing.NamedTuple):
 class Checkpointer:
   """Writes a run directory's checkpoints; one per run. Use as a context manager, or call close().
 
-  Args: workdir; keep: newest steps kept; config: config.to_dict(...), written to workdir/config.json and into every
-  step; tokenizer: its folder, default workdir/tokenizer; keep_every: steps that are multiples of it are never deleted;
-  resumed: the step that was restored (default: the newest): later ones are damaged and are set aside.
+  Args: workdir; keep: newest steps kept; config: config.to_dict(...), written into every step and, for people, to
+  workdir/config.json; tokenizer: its folder, default workdir/tokenizer; keep_every: steps that are multiples of it are
+  never deleted; resumed: the step that was restored (default: the newest): later ones are damaged and are set aside;
+  stage: a local folder to make the steps of an s3:// workdir in.
   `stall_seconds` adds up how long save() and wait() held the caller.
   """
 
   def __init__(self, workdir, keep: int, config: dict, *, tokenizer=None, keep_every: int = 0,
-               resumed: int | None = None):
+               resumed: int | None = None, stage=None):
     self.workdir, self.keep, self.keep_every, self.config = _path(workdir), keep, keep_every, config
     self.tokenizer = self.workdir / 'tokenizer' if tokenizer is None else _path(tokenizer)
     self.stall_seconds = 0.0
     self._pending, self._writing, self._count = None, None, itertools.count()
-    self._stage = None if _native(self.workdir) else tempfile.TemporaryDirectory(prefix='llm_jax')
+    self._stage = None if _native(self.workdir) else epath.Path(stage or tempfile.mkdtemp(prefix='llm_jax'))
     if self._stage and jax.process_count() > 1:
       raise ConfigError(f'--workdir: {self.workdir}: several processes cannot write there together; use gs:// or a '
                         'shared folder')
     self._first = jax.process_index() == 0
     if self._first and not self.tokenizer.is_dir():
       raise ConfigError(f'{self.tokenizer}: no such folder; save the tokenizer there before checkpointing')
-    self._saved = latest_step(self.workdir) if resumed is None else resumed
+    self._saved = latest_step(self.workdir) if resumed is None else resumed     # the newest, also while it is written
     if self._first:
       (self.workdir / 'checkpoints').mkdir(parents=True, exist_ok=True)
       for folder in _folders(self.workdir):
@@ -87,7 +88,7 @@ class Checkpointer:
       return self._stalled(start)
     ocp = _orbax()
     self._writing = self.workdir / 'checkpoints' / str(step)
-    folder = epath.Path(self._stage.name) / str(step) if self._stage else self._writing
+    folder = self._stage / str(step) if self._stage else self._writing
     flat = _flat(state)
     try:
       if self._first:
@@ -122,8 +123,8 @@ class Checkpointer:
       self.wait()
     finally:
       self._executor.shutdown()
-      if self._stage:
-        self._stage.cleanup()
+      if self._stage and self._stage.exists():
+        self._stage.rmtree()
       with contextlib.suppress(Exception):   # its own wait: the error was raised above, once
         self._orbax.close()
 
@@ -136,12 +137,16 @@ class Checkpointer:
 
   def _commit(self, folder, meta):
     """In the background: after Orbax what lies beside the arrays, then the manifest, then the retention."""
-    self._orbax.wait_until_finished()        # first: its errors are raised here, or else by the next save
-    if self._first:
-      _copy(self.tokenizer, folder / 'tokenizer')
-      versions = {name: importlib.metadata.version(name) for name in ('jax', 'flax', 'optax', 'orbax-checkpoint')}
-      manifest.write_json(folder / 'meta.json', dict(meta, versions=versions))
-    manifest.write(folder, self._barrier)
+    error = None
+    try:
+      self._orbax.wait_until_finished()      # first: its errors are raised here, or else by the next save
+      if self._first:
+        _copy(self.tokenizer, folder / 'tokenizer')
+        versions = {name: importlib.metadata.version(name) for name in ('jax', 'flax', 'optax', 'orbax-checkpoint')}
+        manifest.write_json(folder / 'meta.json', dict(meta, versions=versions))
+    except Exception as e:
+      error = e
+    manifest.write(folder, self._barrier, error)
     if self._stage:
       _move(folder, self.workdir / 'checkpoints' / folder.name)
     if self._first:
@@ -206,9 +211,9 @@ def verify(folder, items=ITEMS) -> str:
 def find(path, step: int | None = None, items=ITEMS, verify: bool = True) -> Step:
   """The newest sound step of a run directory, walking back over damaged ones with a warning that names the file.
 
-  Args: path: a run directory, a checkpoints/STEP folder, or a Step, which is returned; step: this one, or an error;
-  items: what will be read of state/; verify: False trusts names and sizes, for speed. Several processes share the
-  reading and must all call it. Raises ConfigError saying what is there, what is wrong with it, and what to do.
+  Args: path: a run directory, a checkpoints/STEP folder, or a Step, which is returned as it is; step: this one, or an
+  error; items: what will be read of state/; verify: False trusts names and sizes, for speed. Several processes share
+  the reading and must all call it. Raises ConfigError saying what is there, what is wrong with it, and what to do.
   """
   if isinstance(path, Step):
     return path
@@ -239,6 +244,9 @@ def find_to_resume(workdir, verify: bool = True) -> Step | None:
   write over them."""
   folders = _folders(_path(workdir))
   if all(manifest.problem(folder).startswith('incomplete') for folder in folders):
+    if sum((folder / 'meta.json').exists() for folder in folders) > 1:       # a kill leaves one, a bad copy more
+      raise ConfigError(f'{workdir}: no checkpoint has its {manifest.NAME}; copy them again with it, or delete '
+                        'checkpoints/ to start from step 0')
     for folder in folders:
       _warn(f'{folder} is {manifest.problem(folder)}; starting from step 0')
     return None
@@ -271,7 +279,10 @@ def _try(folder, items, verify) -> tuple[Step | None, str]:
     _warn(f'{folder} is unverified: it is from before manifests, nothing tells whether its contents changed')
   elif checked:
     verified = f'{checked.bytes / 1e6:.1f} MB in {checked.files} files verified in {time.perf_counter() - start:.2f} s'
-  meta = _read_meta(folder)
+  try:
+    meta = _read_meta(folder)
+  except OSError as e:
+    return None, f'damaged: meta.json is unreadable ({type(e).__name__})'
   return Step(folder, meta['step'], meta['config'], _local(folder / 'tokenizer'), meta['extra'], meta['arrays'],
               verified, {}), ''
 
@@ -324,13 +335,21 @@ def _check_fit(folder, saved, wanted, change_dtype):
     raise ConfigError(f'{folder}: does not fit this config: {text}; set the config as it was or give another --workdir')
 
 
+def config_of(found: Step) -> config_lib.Config:
+  """The config that a step was trained with. Raises ConfigError where this llm_jax knows other keys."""
+  try:
+    return config_lib.build(found.config)
+  except ConfigError as e:
+    raise ConfigError(f'{found.folder}: was trained by another llm_jax, whose config does not fit: {e}') from e
+
+
 def _read_meta(folder) -> dict:
   try:
     meta = dict(format_version=0, extra={}) | manifest.read_json(folder / 'meta.json')
     version = int(meta['format_version'])
     meta['step'], meta['config'], meta['arrays']  # noqa: B018
-  except (OSError, ValueError, KeyError, TypeError) as e:
-    raise ConfigError(f'{folder}/meta.json: expected what a checkpoint holds, got {type(e).__name__}: {e}') from e
+  except (ValueError, KeyError, TypeError) as e:
+    raise OSError(f'{folder}/meta.json: expected what a checkpoint holds, got {type(e).__name__}: {e}') from e
   if version > FORMAT:
     raise ConfigError(f'{folder}: checkpoint format {version}, this llm_jax reads up to {FORMAT}; update llm_jax')
   return meta
@@ -471,7 +490,8 @@ def main(argv: list[str]) -> None:
       if not why and flags.command == 'verify':
         why = manifest.verify(folder).why
       bad += bool(why)
-      saved = '-' if why else _read_meta(folder).get('time', '-')
+      found = None if why else _try(folder, ITEMS, verify=False)[0]
+      saved = manifest.read_json(folder / 'meta.json').get('time', '-') if found else '-'
       mb = sum(path.stat().length for _, path in manifest.files_of(folder)) / 1e6
       sound = 'unverified' if manifest.unverified(folder) else 'verified' if flags.command == 'verify' else 'complete'
       size += mb

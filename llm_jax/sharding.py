@@ -3,6 +3,7 @@
 Every parameter and activation ends in its dims (`w_up_DF`, `x_BTD`); PARAM and ACT map those letters to mesh axes, so
 no parameter needs an annotation of its own. The letters are explained once, in models/transformer.py.
 """
+import contextlib
 import math
 import os
 
@@ -28,6 +29,24 @@ def initialize_hosts() -> None:
   except (ValueError, RuntimeError) as e:
     raise ConfigError(f'config.mesh.distributed: {" ".join(str(e).split())[:200]}; on one host set it to False, '
                       'elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID') from e
+
+
+@contextlib.contextmanager
+def fail_together():
+  """What one process fails at inside, all fail at, instead of waiting for it in their next collective."""
+  error = None
+  try:
+    yield
+  except (ConfigError, OSError) as e:
+    error = e
+  failed = [error is not None]
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+    failed = np.ravel(multihost_utils.process_allgather(np.bool_(error is not None))).tolist()
+  if error:
+    raise error
+  if any(failed):
+    raise ConfigError(f'process {failed.index(True)} could not go on; its own message says why')
 
 
 def make_mesh(mesh: config_lib.Mesh, devices=None) -> jax.sharding.Mesh:

@@ -68,6 +68,9 @@ def test_a_run_in_a_bucket_is_killed_resumed_elsewhere_verified_and_sampled(buck
   out, error = runs.finish(start(f'--model={workdir}', '--max_tokens=4', module='llm_jax.sample'))
   assert f'9 is damaged: the contents of state/params/ocdbt.process_0/d/{damaged.name} changed' in error
   assert 'going back to step 6' in error and out
+  out, error = runs.finish(start(*args))
+  assert f'resuming {workdir} at step 6' in out and '9.damaged: set aside' in error
+  assert runs.state_bits(workdir) == runs.state_bits(tmp_path / 'run')
 
 
 def test_what_is_wrong_with_a_bucket_is_said_in_one_line(bucket, tmp_path):

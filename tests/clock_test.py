@@ -26,6 +26,7 @@ def parts(**seconds):
 
 def test_nested_parts_count_once_and_a_kill_costs_at_most_2_s(tmp_path, sleep):
   clock = Clock(tmp_path)
+  clock.resume({})
   with clock('eval'):
     sleep(1)
     with clock('sample'):
@@ -43,6 +44,7 @@ def test_nested_parts_count_once_and_a_kill_costs_at_most_2_s(tmp_path, sleep):
 
 def test_what_came_after_the_checkpoint_and_the_way_back_are_lost(tmp_path, sleep):
   clock = Clock(tmp_path, started=1000.0 - 5)                      # imports took 5 s
+  clock.resume({})
   with clock('compile'):
     sleep(10)
   with clock('step'):
@@ -54,27 +56,38 @@ def test_what_came_after_the_checkpoint_and_the_way_back_are_lost(tmp_path, slee
   again = Clock(tmp_path, started=2140.0 - 2)
   with again('compile'):
     sleep(7)
-  again.resume(at_checkpoint)
+  again.resume(at_checkpoint, 100)
   again.restart()
   with again('step'):
     sleep(50)
   assert again.parts() == parts(other=5, compile=10, step=150, lost=30 + 2 + 7)
   assert (again.restarts, again.down) == (1, 998)
-  again.end()
+  again.end(150)
   assert clock_lib.goodput(again.parts()) == 150 / 204
   report = Clock(tmp_path)                                         # the finished run again: it only reports
-  report.resume(at_checkpoint)
+  report.resume(at_checkpoint, 150)
   with report('eval'):
     sleep(3)
   assert report.parts() == parts(other=5, compile=10, step=150, lost=39, eval=3) and report.restarts == 1
+  back = Clock(tmp_path)                                           # its last step is damaged: an older one goes on
+  back.resume(at_checkpoint, 100)
+  assert back.parts() == parts(other=5, compile=10, step=100, lost=39 + 50 + 3)
 
 
 def test_a_run_that_saved_nothing_lost_everything(tmp_path, sleep):
-  with Clock(tmp_path)('step'):
+  clock = Clock(tmp_path)
+  clock.resume({})
+  with clock('step'):
     sleep(20)
   clock = Clock(tmp_path)
   clock.resume({})
   assert clock.parts() == parts(lost=20)
+
+
+def test_a_run_that_is_refused_writes_nothing(tmp_path, sleep):
+  with Clock(tmp_path)('input'):
+    sleep(20)
+  assert not (tmp_path / 'time.json').exists()
 
 
 def test_files_that_cannot_be_read_and_older_ones(tmp_path, sleep):

@@ -115,7 +115,8 @@ def test_T1_sigkill_at_random_moments_of_an_asynchronous_save(run, kills):
 
 @pytest.mark.parametrize('flips', repeats(20, 200))
 def test_T2_one_flipped_bit_in_any_payload_file_is_found_named_and_walked_back_from(run, capsys, flips):
-  state = save(run, 1, 2)
+  save(run, 1)
+  state = save(run, 2, state=dict(make_state(), step=jnp.int32(2)))
   files, rng = payloads(folder_of(run, 2)), random.Random(flips)
   for _ in range(flips):
     path, bit = rng.choice(files), rng.randrange(8)
@@ -125,7 +126,7 @@ def test_T2_one_flipped_bit_in_any_payload_file_is_found_named_and_walked_back_f
     capsys.readouterr()
     assert checkpoint.find(run).step == 1
     assert re.search(rf'checkpoints/2 is damaged: the contents of {re.escape(name)} changed since they were written '
-                     r'\(sha256\); going back to step 1', capsys.readouterr().err)
+                     r'\(sha256\) or cannot be read; going back to step 1', capsys.readouterr().err)
     fails(re.escape(name), checkpoint.restore, run, 2)
     flip(path, offset, bit)
   assert checkpoint.find(run).step == 2
@@ -134,13 +135,14 @@ def test_T2_one_flipped_bit_in_any_payload_file_is_found_named_and_walked_back_f
 
 @pytest.mark.parametrize('how', ['cut', 'emptied', 'missing'])
 def test_T3_a_cut_emptied_or_missing_payload_is_named_and_walked_back_from(run, capsys, how):
-  save(run, 1, 2)
+  save(run, 1)
+  save(run, 2, state=dict(make_state(), step=jnp.int32(2)))
   path = max(payloads(folder_of(run, 2)), key=lambda p: p.stat().st_size)
   if how == 'missing':
     path.unlink()
   else:
     path.write_bytes(path.read_bytes()[:-1] if how == 'cut' else b'')
-  assert checkpoint.restore(run, verify=False)['step'] == 7 and checkpoint.find(run).step == 1   # sizes need no hashes
+  assert checkpoint.restore(run, verify=False)['step'] == 7 and checkpoint.find(run).step == 1   # step 1's own
   assert path.name in capsys.readouterr().err
   fails(path.name, checkpoint.find, run, 2)
   with pytest.raises(SystemExit) as e:
@@ -171,6 +173,27 @@ def test_T4_empty_unfinished_and_incomplete_steps_are_skipped_with_a_warning(run
   assert lines[1].endswith('complete') and 'no manifest.json' in lines[3] and 'missing' in lines[5]
   with checkpoint.Checkpointer(run, 9, CONFIG, resumed=2):       # unfinished ones are removed, damaged ones set aside
     assert sorted(f.name for f in (run / 'checkpoints').iterdir()) == ['1', '2', '5.damaged', '6.damaged', 'notes']
+
+
+def test_T4_steps_whose_manifests_were_lost_are_not_deleted(run):
+  save(run, 1, 2)
+  for step in (1, 2):
+    (folder_of(run, step) / 'manifest.json').unlink()            # as a copy that leaves out *.json
+  fails('no checkpoint has its manifest.json; copy them again', checkpoint.find_to_resume, run)
+  assert folder_of(run, 1).exists()
+
+
+def test_T2_a_file_that_cannot_be_read_is_walked_back_from(run, capsys, monkeypatch):
+  save(run, 1, 2)
+  name = payloads(folder_of(run, 2))[0].name
+  file_digest = manifest.hashlib.file_digest
+
+  def broken(f, kind):
+    if '/2/state/' in f.name and f.name.endswith(name):
+      raise OSError(5, 'Input/output error')                     # what a dying disk says
+    return file_digest(f, kind)
+  monkeypatch.setattr(manifest.hashlib, 'file_digest', broken)
+  assert checkpoint.find(run).step == 1 and name in capsys.readouterr().err
 
 
 def test_T2_T3_T4_a_real_run_goes_back_to_its_newest_sound_step_and_ends_as_if_nothing_had_been(flags, tmp_path):
@@ -299,11 +322,12 @@ def test_T7_T18_sigterm_saves_at_that_step_and_the_resumed_run_is_bitwise_the_un
   assert runs.curve(tmp_path / 'run') == runs.curve(tmp_path / 'whole')
 
 
-def test_T7_a_preemption_notice_to_one_host_stops_all_after_the_same_step(flags, tmp_path):
+@pytest.mark.parametrize('notice', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_T7_a_preemption_notice_to_one_host_stops_all_after_the_same_step(flags, tmp_path, notice):
   keys = dict(train__steps=100_000, checkpoint__every=0, model__dropout=0.1)
   hosts = runs.start_hosts(flags(**keys), 2, devices=2)
   runs.wait_for(hosts[0], r'step +20/')
-  hosts[1].send_signal(signal.SIGTERM)
+  hosts[1].send_signal(notice)
   out, error = runs.finish(hosts[0])
   stopped = int(re.search(r'stopped at step (\d+); the same command resumes', out)[1])
   assert f'saving step {stopped}' in error and f'saving step {stopped}' in runs.finish(hosts[1])[1]
@@ -385,7 +409,7 @@ SPIKE = POISONED.replace('step == 6', 'step == 60').replace(
 
 
 def test_T10_a_spike_is_skipped_counted_and_in_no_moment(flags, tmp_path):
-  keys = dict(train__steps=80, train__spike_window=16, train__spike_sigmas=5.0, model__dropout=0.1)
+  keys = dict(train__steps=70, train__spike_window=16, train__spike_sigmas=5.0, model__dropout=0.1)
   spike = runs.start(flags(**keys), code=SPIKE)
   empty = runs.start(flags(**keys, workdir='empty'), code=POISONED.replace('step == 6', 'step == 60').format(0))
   assert re.search(r'steps skipped  1\n', runs.finish(spike)[0]) and runs.finish(empty)
@@ -407,6 +431,7 @@ def test_T11_a_killed_data_worker_is_an_error_within_5_s_that_names_it(flags, tm
   start = time.monotonic()
   _, error = runs.finish(process, 2)
   assert time.monotonic() - start < 5
+  assert checkpoint.latest_step(tmp_path / 'run') > 0            # saved first
   assert f'data worker process {workers[-1]} died (SIGKILL' in error.splitlines()[0]
 
 
@@ -415,6 +440,9 @@ def test_T12_bad_utf8_is_an_error_with_file_and_offset_or_a_counted_skip_under_a
   _, error = runs.finish(runs.start(flags()), 2)
   assert re.search(r'bad\.txt.*\b15\b', error) and error.count('\n') == 1
   assert not (tmp_path / 'run').exists()
+  (tmp_path / 'records.jsonl').write_text('{"text": "the cat sees a dog."}\n{"text": "a do\n')
+  _, error = runs.finish(runs.start(flags(data__source='jsonl', data__path=tmp_path / 'records.jsonl')), 2)
+  assert re.search(r'records\.jsonl.*\b32\b', error) and error.count('\n') == 1
   runs.make_quick(monkeypatch)
   with pytest.warns(UserWarning, match=r'skipped bad record 1 of at most 1: .*bad\.txt'):
     assert runs.train(tmp_path, train__steps=2, data__max_bad_records=1)['steps'] == 2
@@ -455,7 +483,8 @@ MESHES = {'1': (1, {}), '2 data x 2 fsdp x 2 tensor': (8, dict(mesh__data=2, mes
 
 @pytest.mark.parametrize('slow', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_T13_T14_saved_on_8_devices_other_meshes_and_hosts_give_the_same_tokens_and_losses(flags, tmp_path, slow):
-  keys = dict(train__accumulate=1, model__dropout=0.1, optimizer__learning_rate=1e-3, optimizer__schedule='constant')
+  keys = dict(train__accumulate=1, model__dropout=0.1, data__packing='pack', optimizer__learning_rate=1e-3,
+              optimizer__schedule='constant')
   runs.finish(runs.start(flags(**keys, train__steps=6), devices=8))
   started = {}
   for name, (devices, mesh) in [*MESHES.items()][:4 if slow else 2]:
@@ -541,7 +570,9 @@ def test_T16_another_config_text_or_tokenizer_is_refused_with_a_diff_and_init_fr
   assert re.search(r'run/tokenizer is not the tokenizer that step 4 was trained with: it was char, \d+ ids, \w{8}, is '
                    r'char, 3 ids', error)
   shutil.copytree(folder_of(tmp_path / 'run', 4) / 'tokenizer', tmp_path / 'run' / 'tokenizer', dirs_exist_ok=True)
-  main.main(flags(**dict(keys, train__batch_size=16, data__path=moved, init_from=tmp_path / 'run', workdir='new')))
+  main_keys = dict(keys, train__batch_size=16, data__path=moved, init_from=tmp_path / 'run')
+  assert 'init_from was' in refused(flags(**main_keys))          # it would have been ignored
+  main.main(flags(**main_keys, workdir='new'))
   assert checkpoint.latest_step(tmp_path / 'new') == 3
   assert runs.state_bits(tmp_path / 'run', 3) == before
 

@@ -277,7 +277,7 @@ def test_prompts_that_cannot_be_continued_are_refused_before_training(folder):
 
 # A budget of minutes -------------------------------------------------------------------------------------------------
 
-def test_a_budget_in_minutes_is_kept_and_the_learning_rate_ends_low(folder, monkeypatch):
+def test_a_budget_in_minutes_is_kept_and_the_learning_rate_ends_low(folder, monkeypatch, capsys):
   """And in between nothing is compiled: not where the horizon changes, nor anywhere else."""
   keys = dict(train__minutes=0.06, train__steps=0, optimizer__schedule='wsd', optimizer__final_fraction=0.0,
               log__every=5)
@@ -294,6 +294,7 @@ def test_a_budget_in_minutes_is_kept_and_the_learning_rate_ends_low(folder, monk
   assert 0.5 * 3.6 < end - start < 2 * 3.6
   steps = figures['steps']
   assert steps > 50
+  assert re.search(rf'^step +\d+/{steps} .* ETA', capsys.readouterr().out, re.M)     # once it is known
   rates = {s: value for s, _, value in runs.curve(folder / 'run', 'optimizer/learning_rate')}
   assert rates[steps // 20 * 5] == pytest.approx(1e-2)      # at a quarter of the run
   assert rates[max(rates)] < 0.1 * 1e-2

@@ -30,6 +30,7 @@ def run(folder, turns=True, steps=1000):
   """A run directory as the loop leaves it."""
   folder.mkdir(parents=True, exist_ok=True)
   clock = clock_lib.Clock(folder)
+  clock.resume({})
   log = metrics.Logger(folder, config_lib.Log(progress='lines', tensorboard=False), steps, clock=clock,
                        tokens_per_step=4096, flops_per_token=1e6, peak=1e12)
   for step in range(10, steps + 1, 10):

@@ -105,7 +105,7 @@ class Prefetch:
 
   def _check_workers(self):
     for pid, process in self._workers.items():
-      if process.exitcode:
+      if process.exitcode is not None:
         self._stop.set()                                   # no join: the thread may hang on the dead worker's message
         why = signal.Signals(-process.exitcode).name if process.exitcode < 0 else f'exit code {process.exitcode}'
         raise ConfigError(f'config.data.workers: data worker process {pid} died ({why}; out of memory?); run again, '
@@ -114,7 +114,8 @@ class Prefetch:
   def close(self):
     """Ends threads and workers; may be called twice."""
     self._stop.set()
-    self._thread.join(timeout=10)
+    dead = any(p.exitcode is not None for p in self._workers.values())
+    self._thread.join(timeout=1 if dead else 10)           # it may wait for ever for the dead one's message
     for process in self._workers.values():
       process.terminate()                                  # only where the orderly end did not work
 

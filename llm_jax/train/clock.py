@@ -27,7 +27,8 @@ class Clock:
   def __init__(self, workdir, started: float | None = None):
     self.path = pathlib.Path(workdir) / NAME
     self.before = read(workdir)                 # what earlier processes of this run left
-    self.restarts, self.down, self.ended = self.before['restarts'], self.before['down'], False
+    self.restarts, self.down, self.ended = self.before['restarts'], self.before['down'], None
+    self._accepted = False                      # nothing is written for a run that is refused
     self._sums = dict(self.before['parts'])
     self._began = time.time() if started is None else started
     self._stack = ['other']
@@ -35,10 +36,11 @@ class Clock:
     self._since = self._saved - max(0.0, time.time() - self._began)
     self._first = dict(self._sums)              # the sums when this process began
 
-  def resume(self, at_checkpoint: dict[str, float]) -> None:
-    """Call before going on from a checkpoint (or, with {}, from the start after a run that saved nothing), with the
-    parts() it was saved with: what came after it was lost, unless that process ended in order."""
-    if self.before['at'] is None or self.before['ended']:
+  def resume(self, at_checkpoint: dict[str, float], step: int = 0) -> None:
+    """Call before the loop: the run goes on from the checkpoint of `step`, saved with these parts() ({} and 0: there is
+    none). What came after it was lost, unless that process ended in order with this step."""
+    self._accepted = True
+    if self.before['at'] is None or self.before['ended'] == step:
       return
     here = {part: seconds - self._first[part] for part, seconds in self.parts().items()}
     kept = dict.fromkeys(PARTS, 0.0) | {k: v for k, v in at_checkpoint.items() if k in PARTS}
@@ -66,7 +68,8 @@ class Clock:
       self._charge()
       self._stack.pop()
       if self._since - self._saved > 2:
-        self.save()
+        with contextlib.suppress(OSError):      # a full disk is for the checkpoint to report
+          self.save()
 
   def _charge(self):
     now = time.monotonic()
@@ -83,21 +86,21 @@ class Clock:
 
   def save(self) -> None:
     self._saved = time.monotonic()
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and self._accepted:
       manifest.write_json(self.path, dict(
           parts={k: round(v, 3) for k, v in self.parts().items()}, restarts=self.restarts, down=round(self.down, 3),
           at=time.time(), ended=self.ended))
 
-  def end(self) -> None:
-    """Call once every step is saved: a later process then loses nothing."""
-    self.ended = True
+  def end(self, step: int) -> None:
+    """Call once every step is saved: a later process that goes on from this one then loses nothing."""
+    self.ended = step
     self.save()
 
 
 def read(workdir) -> dict:
   """What a run's time.json holds: parts (seconds), restarts, down (seconds), at (when it was written; None: never) and
-  ended. Zeros where there is none, or none that can be read."""
-  out = dict(parts=dict.fromkeys(PARTS, 0.0), restarts=0, down=0.0, at=None, ended=False)
+  ended (the last step of a process that ended in order). Zeros where there is none, or none that can be read."""
+  out = dict(parts=dict.fromkeys(PARTS, 0.0), restarts=0, down=0.0, at=None, ended=None)
   with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
     found = json.loads((pathlib.Path(workdir) / NAME).read_text())
     parts = found.get('parts', found)           # before restarts were counted, the file held the parts alone

@@ -4,7 +4,6 @@ The loop dispatches step n, then logs step n - 1, so that the device never waits
 an array back. Everything a step needs is a pure function of (config, step): resuming needs the checkpoint alone.
 """
 import contextlib
-import itertools
 import math
 import time
 
@@ -28,7 +27,7 @@ from llm_jax.train import report
 from llm_jax.train import resume as resume_lib
 from llm_jax.train import step as step_lib
 from llm_jax.train.budget import UNKNOWN, Budget
-from llm_jax.train.rundir import RunDirectory
+from llm_jax.train.rundir import STAGE, RunDirectory
 from llm_jax.train.stop import Stop
 
 
@@ -146,7 +145,7 @@ class Run:
         options = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
         self.state = jax.jit(init, out_shardings=self.shardings, compiler_options=options)(key)
       if cfg.init_from:
-        self.start_from(cfg.init_from)
+        self.start_from(self.source)
     self.first_step = int(self.state['step'])
     self.compile()
 
@@ -163,14 +162,16 @@ class Run:
   def open_checkpoints(self, size: int) -> None:
     """size: bytes of the state."""
     cfg, path = self.cfg.checkpoint, self.directory.path
-    self.directory.check_room(size, cfg.keep, len(checkpoint_lib.steps(path)))
-    if jax.process_index() == 0:
-      self.tokenizer.save(self.workdir / 'tokenizer')
-    self.checkpoints = checkpoint_lib.Checkpointer(
-        path, cfg.keep, config_lib.to_dict(self.cfg), tokenizer=self.workdir / 'tokenizer', keep_every=cfg.keep_every,
-        resumed=self.found.step if self.found else None)
+    passing = [step for step in checkpoint_lib.steps(path) if not cfg.keep_every or step % cfg.keep_every]
+    with sharding.fail_together():
+      self.directory.check_room(size, cfg.keep, min(len(passing), cfg.keep))
+      if jax.process_index() == 0:
+        self.tokenizer.save(self.workdir / 'tokenizer')
+      self.checkpoints = checkpoint_lib.Checkpointer(
+          path, cfg.keep, config_lib.to_dict(self.cfg), tokenizer=self.workdir / 'tokenizer',
+          keep_every=cfg.keep_every, resumed=self.found.step if self.found else None,
+          stage=self.workdir / STAGE)
     self.cleanup.push(self.checkpoints)
-    self.wait_for_all('checkpoints')
 
   def check_prompts(self) -> None:
     """Raises ConfigError for prompts that this model could not continue, before it is trained."""
@@ -192,7 +193,8 @@ class Run:
     if self.found:
       return resume_lib.check_tokenizer(self.found, self.cfg, self.workdir)
     if self.cfg.init_from:
-      return tokenizer_lib.load(checkpoint_lib.find(self.cfg.init_from, items=(), verify=False).tokenizer)
+      self.source = checkpoint_lib.find(self.cfg.init_from, items=('params',), verify=self.cfg.checkpoint.verify)
+      return tokenizer_lib.load(self.source.tokenizer)
     return prepare.tokenizer(self.cfg)
 
   def resume(self) -> None:
@@ -204,18 +206,19 @@ class Run:
       if self.changed:
         print(f'    note  changed since then: {self.changed}', flush=True)
 
-  def start_from(self, path: str) -> None:
+  def start_from(self, source: checkpoint_lib.Step) -> None:
     """Takes the weights of another run; its tokenizer came with them."""
-    params = checkpoint_lib.restore_params(path, mesh=self.mesh)
+    params = checkpoint_lib.restore_params(source, mesh=self.mesh)
     shapes = lambda tree: {jax.tree_util.keystr(k): x.shape for k, x in jax.tree_util.tree_leaves_with_path(tree)}
     ours, theirs = shapes(self.state['params']), shapes(params)
     if ours != theirs:
       wrong = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
-      raise ConfigError(f'config.init_from: {path} has another model; differing: {", ".join(wrong[:8])}')
+      raise ConfigError(f'config.init_from: {source.folder} has another model; differing: {", ".join(wrong[:8])}')
     self.state['params'] = params
     if 'ema' in self.state:
       self.state['ema'] = jax.tree.map(jnp.copy, params)
-    print(f'starting from the weights and the tokenizer of {path}', flush=True)
+    if jax.process_index() == 0:
+      print(f'starting from the weights and the tokenizer of {source.folder} ({source.verified})', flush=True)
 
   def compile(self) -> None:
     """Compiles the train step ahead of time: the loop can then never compile again, it would raise instead."""
@@ -261,13 +264,13 @@ class Run:
 
   def loop(self) -> None:
     cfg, step = self.cfg, self.first_step
-    self.open_logs()
-    budget, checkpoints = self.budget, self.checkpoints
     first, last = (int(x) for x in (cfg.log.profile or '0:-1').split(':'))
     profiled = range(first, last + 1)
     self.cleanup.callback(self.stop_profile)
     prefetch = self.batches.prefetch(step, rows=self.rows(), workers=cfg.data.workers)
     self.cleanup.callback(prefetch.close)
+    self.open_logs()
+    budget, checkpoints = self.budget, self.checkpoints
     self.listening.enter_context(self.stop)
     pending = None
     while step < budget.horizon and not self.error and not self.stop.reached(step):
@@ -275,7 +278,13 @@ class Run:
         start_profile(self.workdir / 'profile')
         self.profiling = True
       with self.clock('input'):
-        batch = sharding.put_batch(next(prefetch)[1], self.mesh)
+        try:
+          batch = sharding.put_batch(next(prefetch)[1], self.mesh)
+        except ConfigError as e:            # a data worker died: what was trained so far is saved first
+          if jax.process_count() > 1:
+            raise
+          self.error = e
+          break
       with self.clock('step'):
         self.state, metrics = self.train_step(self.state, batch)
         if pending is not None:
@@ -287,6 +296,7 @@ class Run:
         self.stop_profile()
       if step < budget.horizon and budget.plan(step, lambda: jax.block_until_ready(self.state['step'])):
         self.set_horizon(budget.horizon)
+        self.logger.total_steps = budget.horizon
       evaluating = step < budget.horizon and self.due(step, cfg.eval.every)
       saving = step < budget.horizon and (self.due(step, cfg.checkpoint.every) or
                                           self.due(step, cfg.checkpoint.keep_every))
@@ -309,11 +319,11 @@ class Run:
   def open_logs(self) -> None:
     """The clock, the budget and the logger, as a run that was interrupted left them."""
     cfg, step, extra = self.cfg, self.first_step, self.found.extra if self.found else {}
-    self.clock.resume(extra.get('time', {}))
+    self.clock.resume(extra.get('time', {}), step)
     saved = None
     if self.found:
-      before = self.found.config['train']
-      if (before['minutes'], before['steps']) == (cfg.train.minutes, cfg.train.steps):
+      before = checkpoint_lib.config_of(self.found).train
+      if (before.minutes, before.steps) == (cfg.train.minutes, cfg.train.steps):
         saved = int(self.state['horizon'])
     self.budget = Budget(cfg, step, extra.get('seconds', 0.0), saved)
     self.set_horizon(self.budget.horizon)
@@ -326,8 +336,9 @@ class Run:
     self.valid = self.past_valid()
     self.skipped = sum(row['kind'] == 'skipped' for row in metrics_lib.read_jsonl(self.workdir / 'events.jsonl'))
     self.spikes = 0                         # in a row
-    if step and step < self.budget.horizon:
+    if (step or self.clock.before['at']) and step < self.budget.horizon:
       self.clock.restart()
+    if step and step < self.budget.horizon:
       damaged = ''.join(f'; step {n} is {why}' for n, why in self.found.damaged.items())
       self.logger.event(step, 'resumed', f'at step {step}, {self.found.verified}{damaged}', quiet=True)
 
@@ -360,8 +371,10 @@ class Run:
               f'{self.cfg.train.spike_window}' if self.spikes else
               'an empty batch' if finite and not tokens else 'not finite')
     self.skipped += 1
+    documents = list(dict.fromkeys(name for row in self.batches.names(step) for name in row))
+    names = ', '.join(documents[:8]) + (f' and {len(documents) - 8} more' if len(documents) > 8 else '')
     self.logger.event(step + 1, 'skipped', f'loss {loss}, gradient norm {norm}, {tokens:g} tokens ({reason}): nothing '
-                      f'was updated; documents: {self.documents(step)}')
+                      f'was updated; documents: {names}', documents=documents)
     if self.cfg.train.on_nonfinite == 'stop' and not finite:
       self.error = ConfigError(
           f'step {step + 1}: loss or gradients are not finite; the last sound state is saved. Lower '
@@ -371,17 +384,8 @@ class Run:
           f'step {step + 1}: {self.spikes} spikes in a row: the loss has moved for good; the last sound state is '
           'saved. Lower optimizer.learning_rate, or raise train.spike_sigmas')
 
-  def documents(self, step) -> str:
-    names = dict.fromkeys(name for row in self.batches.names(step) for name in row)
-    return ', '.join(itertools.islice(names, 8)) + (f' and {len(names) - 8} more' if len(names) > 8 else '')
-
   def set_horizon(self, horizon: int) -> None:
     self.state['horizon'] = jax.device_put(np.int32(horizon), self.shardings['horizon'])
-
-  def wait_for_all(self, name: str) -> None:
-    if jax.process_count() > 1:
-      from jax.experimental import multihost_utils
-      multihost_utils.sync_global_devices(name)
 
   # Evaluation, samples, checkpoints -----------------------------------------------------------------------------------
 
@@ -429,11 +433,15 @@ class Run:
     return texts
 
   def save(self, step: int) -> None:
+    start = time.monotonic()
     with self.clock('checkpoint'):
-      stall = self.checkpoints.save(step, self.state, dict(
+      self.checkpoints.save(step, self.state, dict(
           seconds=self.budget.seconds(), time=self.clock.parts(), data=self.data))
-      self.directory.publish()
-    self.logger.note(f'checkpoint of step {step} started; it held training for {stall:.3f} s')
+      try:
+        self.directory.publish()
+      except ConfigError as e:              # the logs stay here, and go with the next checkpoint
+        self.logger.warn(f'{e}')
+    self.logger.note(f'checkpoint of step {step} started; it held training for {time.monotonic() - start:.3f} s')
 
   def held_out(self):
     """The bytes of every held-out document."""
@@ -448,7 +456,7 @@ class Run:
     cfg = self.cfg
     with self.clock('checkpoint'):
       self.checkpoints.wait()
-    self.clock.end()
+    self.clock.end(self.step)
     self.listening.close()           # everything is saved: from here on a signal ends the process as usual
     if self.stop.asked:
       self.logger.event(self.step, 'stopped', f'{self.stop.by}: stopped at step {self.step}; the same command resumes')

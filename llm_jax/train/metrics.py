@@ -326,10 +326,10 @@ class Logger:
     if self.main:
       self._print(message)
 
-  def event(self, step: int, kind: str, text: str, quiet: bool = False):
+  def event(self, step: int, kind: str, text: str, quiet: bool = False, **more):
     """What befell a run, kept in events.jsonl for the report and for the processes that go on with it."""
     if self.main:
-      self._write('events.jsonl', dict(step=step, time=round(time.time(), 3), kind=kind, text=text))
+      self._write('events.jsonl', dict(step=step, time=round(time.time(), 3), kind=kind, text=text, **more))
       if not quiet:
         self._print(f'WARNING: step {step}: {text}', 'bold yellow')
 

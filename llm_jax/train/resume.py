@@ -12,21 +12,23 @@ from llm_jax.data import store
 from llm_jax.data import tokenizer as tokenizer_lib
 
 FIXED = ('model.', 'tokenizer.', 'data.', 'optimizer.name', 'train.batch_size', 'train.seed', 'train.objective',
-         'train.ema', 'train.spike_window')
+         'train.ema', 'train.spike_window', 'init_from')
 FREE = ('model.kernel', 'model.remat', 'model.unroll', 'model.dropout', 'tokenizer.path', 'tokenizer.train_mb',
         'data.source', 'data.path', 'data.field', 'data.valid_path', 'data.cache_dir', 'data.workers',
         'data.max_bad_records')     # may change: the text and the tokenizer themselves are compared
-SILENT = ('log.', 'checkpoint.', 'eval.', 'mesh.', 'data.', 'init_from', 'tokenizer.')
-GO_ON = 'set it as it was, name another --workdir, or start a new run from these weights with --config.init_from={}'
+SILENT = ('log.', 'checkpoint.', 'eval.', 'mesh.', 'data.', 'tokenizer.')
+GO_ON = 'set it as it was, or name another --workdir (--config.init_from={} starts from these weights there)'
 
 
 def check_config(found: checkpoint_lib.Step, cfg: config_lib.Config) -> str:
   """Raises ConfigError with the keys that must be as they were; returns what else changes the numbers, in words."""
-  before = config_lib.build(found.config)
+  before = checkpoint_lib.config_of(found)
   fixed, noted = [], []
   for key, (old, new) in config_lib.diff(before, cfg).items():
     text = f'{key} was {old!r}, is {new!r}'
     if key == 'data.mixture' and [s['weight'] for s in old] == [s['weight'] for s in new]:
+      continue
+    if key == 'init_from' and not new:             # it has done its work
       continue
     if key.startswith(FIXED) and key not in FREE:
       fixed.append(text)
@@ -63,8 +65,9 @@ def check_data(found: checkpoint_lib.Step, stores: store.Stores, now: dict[str, 
   changed = [f'{split} text of {store_.label} (it has {store_.n_tokens:,} tokens)'
              for split in ('train', 'valid') for i, store_ in enumerate(getattr(stores, split))
              if saved[split][i:i + 1] != [now[split][i]]]
-  raise ConfigError(f'config.data: since step {found.step} changed: {"; ".join(changed)}; its step {found.step} would '
-                    f'give other tokens: put the text back, or start a new run with --config.init_from={_run(found)}')
+  raise ConfigError(f'config.data: since step {found.step} changed: {"; ".join(changed)}; its steps would have other '
+                    f'tokens: put the text back, or name another --workdir (--config.init_from={_run(found)} starts '
+                    'from these weights there)')
 
 
 def fingerprints(stores: store.Stores) -> dict[str, list[str]]:

@@ -21,9 +21,10 @@ import jax
 import numpy as np
 from etils import epath
 
+from llm_jax import sharding
 from llm_jax.config import ConfigError
 
-LOCK = 'lock'
+LOCK, STAGE = 'lock', 'stage'
 CLIENTS = dict(gs='gcsfs', s3='s3fs')      # what reaches a bucket
 
 
@@ -44,13 +45,19 @@ class RunDirectory:
     self._lock, self._published = None, {}
 
   def __enter__(self):
+    secret = ''
     try:
-      secret = self._open() if jax.process_index() == 0 else ''
-    except OSError as e:
-      raise ConfigError(f'--workdir: cannot write to {self.local}: {e.strerror or e}; name another folder, or change '
-                        'its permissions') from e
-    if jax.process_count() > 1:
-      self._check_shared(secret)
+      with sharding.fail_together():
+        if jax.process_index() == 0:
+          secret = self._open()
+      if jax.process_count() > 1:
+        self._check_shared(secret)
+    except BaseException as e:
+      self.__exit__(type(e))
+      if isinstance(e, OSError):
+        raise ConfigError(f'--workdir: cannot write to {self.local}: {e.strerror or e}; name another folder, or make '
+                          'room or change its permissions') from e
+      raise
     return self
 
   def _open(self) -> str:
@@ -99,10 +106,10 @@ class RunDirectory:
 
   def check_room(self, size: int, keep: int, complete: int) -> None:
     """Raises ConfigError where the disk cannot hold the checkpoints of a run: `keep` and the one being written, of
-    `size` bytes each, less the `complete` ones that are there. A bucket has room."""
-    if self.bucket or jax.process_index():
+    `size` bytes each, less the `complete` ones that are there. A bucket has room; a step for s3:// is made here."""
+    if str(self.path).startswith('gs://') or jax.process_index():
       return
-    needed, free = size * max(keep + 1 - complete, 1), shutil.disk_usage(self.local).free
+    needed, free = size * (1 if self.bucket else max(keep + 1 - complete, 1)), shutil.disk_usage(self.local).free
     if free < needed:
       raise ConfigError(f'--workdir: {self.local} has room for {_size(free)}, the checkpoints of this run need '
                         f'{_size(needed)} more (checkpoint.keep={keep} and the one being written, {_size(size)} each); '
@@ -112,7 +119,8 @@ class RunDirectory:
     """Copies what changed to the bucket; nothing where the directory is local."""
     if not self.bucket or jax.process_index():
       return
-    for path in sorted(p for p in self.local.rglob('*') if p.is_file() and p.name != LOCK and p.suffix != '.part'):
+    for path in sorted(p for p in self.local.rglob('*') if p.is_file() and p.name != LOCK and
+                       p.suffix != '.part' and STAGE not in p.parts):
       stat = path.stat()
       if self._published.get(path) != (stat.st_size, stat.st_mtime_ns):
         with _bucket_errors(self.path):
