@@ -425,7 +425,10 @@ def _set_aside(folder):
   aside = folder.parent / f'{folder.name}.damaged'
   if aside.exists():
     aside.rmtree()
-  folder.rename(aside)
+  if '://' in str(folder):
+    _move(folder, aside)
+  else:
+    folder.rename(aside)
   _warn(f'{aside}: set aside; delete it when you no longer need it')
 
 
@@ -441,11 +444,12 @@ def _native(path) -> bool:
 
 
 def _move(folder, target):
-  """A complete step, its manifest last."""
+  """A step to or within a bucket, its manifest last."""
   if target.exists():
     target.rmtree()
   _copy(folder, target)
-  (target / manifest.NAME).write_bytes((folder / manifest.NAME).read_bytes())
+  if (folder / manifest.NAME).exists():
+    (target / manifest.NAME).write_bytes((folder / manifest.NAME).read_bytes())
   folder.rmtree()
 
 

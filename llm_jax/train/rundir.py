@@ -135,7 +135,6 @@ class RunDirectory:
       if path.name != LOCK:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     with _bucket_errors(self.path):
-      self.path.mkdir(parents=True, exist_ok=True)
       probe = self.path / f'{LOCK}.{os.getpid()}'
       probe.write_text('')
       probe.unlink()
