@@ -2,7 +2,8 @@
 
 --config=FILE[:ARG]      the config file, and the argument of its get_config
 --config.GROUP.KEY=V     overrides one key; --config.model=llama3_8b takes a published shape
---workdir=DIR            where the run lives (default runs/<config name>); an existing run is resumed
+--workdir=DIR            where the run lives: a folder (default runs/<config name>), gs://... or s3://...; an
+                         existing run is resumed
 --debug                  full tracebacks
 """
 import time

@@ -264,7 +264,7 @@ h1 { font-size: 25px; margin: 0 0 18px; overflow-wrap: anywhere } h2 { font-size
 table { border-collapse: collapse; width: 100%; background: var(--card); border: 1px solid var(--line); margin: 8px 0 }
 td, th { text-align: left; padding: 5px 12px; border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums;
   overflow-wrap: anywhere } td:first-child { white-space: nowrap }
-th { color: var(--soft); font-weight: 600; font-size: 13px }
+th { color: var(--soft); font-weight: 600; font-size: 13px; white-space: nowrap }
 .strong td { font-weight: 700; color: var(--c1) } td.wide { width: 55% }
 .bar { display: block; height: 14px; border-radius: 4px; background: var(--bar) }
 pre { margin: 4px 0 14px; overflow: auto; max-height: 480px; font: 13px/1.45 ui-monospace, monospace;

@@ -65,7 +65,7 @@ class RunDirectory:
     self._lock = self._take_lock()
     secret = secrets.token_hex(8)
     self._lock.truncate(0)
-    self._lock.write(json.dumps(dict(host=socket.gethostname(), pid=os.getpid(), secret=secret,
+    self._lock.write(json.dumps(dict(host=socket.gethostname(), pid=os.getpid(), id=secret,
                                      since=time.strftime('%Y-%m-%d %H:%M:%S %Z'))))
     self._lock.flush()
     if self.bucket:
@@ -99,7 +99,7 @@ class RunDirectory:
     expected = bytes(multihost_utils.broadcast_one_to_all(ours)).decode()
     seen = self.bucket
     with contextlib.suppress(OSError, ValueError):
-      seen = seen or json.loads((self.local / LOCK).read_text())['secret'] == expected
+      seen = seen or json.loads((self.local / LOCK).read_text())['id'] == expected
     if not np.all(multihost_utils.process_allgather(np.bool_(seen))):
       raise ConfigError(f'--workdir: not every host sees the same {self.local}; name a shared folder (NFS) or a bucket '
                         '(gs://)')
