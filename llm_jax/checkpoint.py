@@ -20,7 +20,7 @@ import jax
 from etils import epath
 
 from llm_jax import config as config_lib
-from llm_jax import manifest
+from llm_jax import manifest, paths
 from llm_jax import sharding as sharding_lib
 from llm_jax.config import ConfigError
 
@@ -53,11 +53,11 @@ class Checkpointer:
 
   def __init__(self, workdir, keep: int, config: dict, *, tokenizer=None, keep_every: int = 0,
                resumed: int | None = None, stage=None):
-    self.workdir, self.keep, self.keep_every, self.config = _path(workdir), keep, keep_every, config
-    self.tokenizer = self.workdir / 'tokenizer' if tokenizer is None else _path(tokenizer)
+    self.workdir, self.keep, self.keep_every, self.config = paths.open_path(workdir), keep, keep_every, config
+    self.tokenizer = self.workdir / 'tokenizer' if tokenizer is None else paths.open_path(tokenizer)
     self.stall_seconds = 0.0
     self._pending, self._writing, self._count = None, None, itertools.count()
-    self._stage = None if _native(self.workdir) else epath.Path(stage or tempfile.mkdtemp(prefix='llm_jax'))
+    self._stage = None if paths.native(self.workdir) else epath.Path(stage or tempfile.mkdtemp(prefix='llm_jax'))
     if self._stage and jax.process_count() > 1:
       raise ConfigError(f'--workdir: {self.workdir}: several processes cannot write there together; use gs:// or a '
                         'shared folder')
@@ -141,14 +141,14 @@ class Checkpointer:
     try:
       self._orbax.wait_until_finished()      # first: its errors are raised here, or else by the next save
       if self._first:
-        _copy(self.tokenizer, folder / 'tokenizer')
+        paths.copy(self.tokenizer, folder / 'tokenizer')
         versions = {name: importlib.metadata.version(name) for name in ('jax', 'flax', 'optax', 'orbax-checkpoint')}
         manifest.write_json(folder / 'meta.json', dict(meta, versions=versions))
     except Exception as e:
       error = e
     manifest.write(folder, self._barrier, error)
     if self._stage:
-      _move(folder, self.workdir / 'checkpoints' / folder.name)
+      paths.move(folder, self.workdir / 'checkpoints' / folder.name)
     if self._first:
       for old in self._stale():
         stale = self.workdir / 'checkpoints' / str(old)
@@ -195,17 +195,17 @@ class Checkpointer:
 
 def steps(workdir) -> list[int]:
   """Steps that can be read, ascending: every file is there with its size. Reads no payload."""
-  return [int(folder.name) for folder in _folders(_path(workdir)) if not manifest.problem(folder)]
+  return [int(folder.name) for folder in _folders(paths.open_path(workdir)) if not manifest.problem(folder)]
 
 
 def latest_step(workdir) -> int | None:
   """The newest of steps(), or None; empty, half-written and truncated step folders do not count."""
-  return next((int(f.name) for f in reversed(_folders(_path(workdir))) if not manifest.problem(f)), None)
+  return next((int(f.name) for f in reversed(_folders(paths.open_path(workdir))) if not manifest.problem(f)), None)
 
 
 def verify(folder, items=ITEMS) -> str:
   """Why a step's files are not what was written (sha256 of each), or ''. Of state/ only `items` are read."""
-  return manifest.verify(_path(folder), _all_but(items)).why
+  return manifest.verify(paths.open_path(folder), _all_but(items)).why
 
 
 def find(path, step: int | None = None, items=ITEMS, verify: bool = True) -> Step:
@@ -217,7 +217,7 @@ def find(path, step: int | None = None, items=ITEMS, verify: bool = True) -> Ste
   """
   if isinstance(path, Step):
     return path
-  path = _path(path)
+  path = paths.open_path(path)
   if not path.exists():
     raise ConfigError(f'{path}: no such directory; expected a run directory (a --workdir of training)')
   if not (path / 'checkpoints').is_dir():
@@ -242,7 +242,7 @@ def find(path, step: int | None = None, items=ITEMS, verify: bool = True) -> Ste
 def find_to_resume(workdir, verify: bool = True) -> Step | None:
   """find(), or None where a run has not saved anything yet. Damaged steps alone are an error: starting again would
   write over them."""
-  folders = _folders(_path(workdir))
+  folders = _folders(paths.open_path(workdir))
   if all(manifest.problem(folder).startswith('incomplete') for folder in folders):
     if sum((folder / 'meta.json').exists() for folder in folders) > 1:       # a kill leaves one, a bad copy more
       raise ConfigError(f'{workdir}: no checkpoint has its {manifest.NAME}; copy them again with it, or delete '
@@ -283,7 +283,7 @@ def _try(folder, items, verify) -> tuple[Step | None, str]:
     meta = _read_meta(folder)
   except OSError as e:
     return None, f'damaged: meta.json is unreadable ({type(e).__name__})'
-  return Step(folder, meta['step'], meta['config'], _local(folder / 'tokenizer'), meta['extra'], meta['arrays'],
+  return Step(folder, meta['step'], meta['config'], paths.local(folder / 'tokenizer'), meta['extra'], meta['arrays'],
               verified, {}), ''
 
 
@@ -363,7 +363,7 @@ def _read_arrays(folder, wanted: dict) -> dict:
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     for item, tree in _by_item(wanted).items():
       source = folder / 'state' / item
-      source = source if _native(source) else _local(source)
+      source = source if paths.native(source) else paths.local(source)
       args = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(
           sharding=x.sharding or one, global_shape=x.shape, dtype=x.dtype), tree)
       restored = checkpointer.restore(source, args=ocp.args.PyTreeRestore(tree, restore_args=args))
@@ -410,11 +410,6 @@ def _not_orbax(record) -> bool:
   return 'orbax' not in record.pathname   # what fails there is raised by wait(), with its reason
 
 
-def _path(path) -> epath.Path:
-  path = epath.Path(path).expanduser()
-  return path if '://' in str(path) else path.resolve()     # Orbax wants absolute paths
-
-
 def _folders(workdir) -> list[epath.Path]:
   root = workdir / 'checkpoints'
   return sorted((f for f in root.iterdir() if f.name.isdigit()), key=lambda f: int(f.name)) if root.is_dir() else []
@@ -426,44 +421,10 @@ def _set_aside(folder):
   if aside.exists():
     aside.rmtree()
   if '://' in str(folder):
-    _move(folder, aside)
+    paths.move(folder, aside)
   else:
     folder.rename(aside)
   _warn(f'{aside}: set aside; delete it when you no longer need it')
-
-
-def _copy(source, target):
-  for name, path in manifest.files_of(source):
-    (target / name).parent.mkdir(parents=True, exist_ok=True)
-    path.copy(target / name)
-
-
-def _native(path) -> bool:
-  """Whether Orbax writes arrays there. For other buckets a step is made in a local folder and then moved."""
-  return '://' not in str(path) or str(path).startswith('gs://')
-
-
-def _move(folder, target):
-  """A step to or within a bucket, its manifest last."""
-  if target.exists():
-    target.rmtree()
-  _copy(folder, target)
-  if (folder / manifest.NAME).exists():
-    (target / manifest.NAME).write_bytes((folder / manifest.NAME).read_bytes())
-  folder.rmtree()
-
-
-_downloads = []                # removed when the program ends
-
-
-def _local(folder) -> epath.Path:
-  """The folder, or a copy of a bucket's, for libraries that open files by their names."""
-  if '://' not in str(folder):
-    return folder
-  _downloads.append(tempfile.TemporaryDirectory(prefix='llm_jax'))
-  target = epath.Path(_downloads[-1].name)
-  _copy(folder, target)
-  return target
 
 
 def _all_but(items) -> tuple[str, ...]:
@@ -485,7 +446,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument('run', help='a run directory, or one of its checkpoints/STEP folders')
   with config_lib.one_line_errors('--debug' in argv):
     flags = parser.parse_args(argv)
-    run = _path(flags.run)
+    run = paths.open_path(flags.run)
     folders = _folders(run) or [find(run, verify=False).folder]
     bad, start, size = 0, time.perf_counter(), 0.0
     print('      step        MB  saved                      state')

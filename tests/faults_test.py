@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+from etils import epath
 from saved import (
   CONFIG,
   abstract,
@@ -109,7 +110,7 @@ def test_T1_sigkill_at_random_moments_of_an_asynchronous_save(run, kills):
     expected = jax.random.normal(jax.random.key(found), (1024, 2048))
     assert_same_bits(checkpoint.restore_params(newest), {'w_DF': expected})
   with checkpoint.Checkpointer(run, 2, CONFIG):
-    assert [f for f in (run / 'checkpoints').iterdir() if manifest.problem(checkpoint._path(f))] == []
+    assert [f for f in (run / 'checkpoints').iterdir() if manifest.problem(epath.Path(f))] == []
   assert len(checkpoint.steps(run)) <= 3
 
 

@@ -21,23 +21,19 @@ import jax
 import numpy as np
 from etils import epath
 
-from llm_jax import sharding
+from llm_jax import paths, sharding
 from llm_jax.config import ConfigError
 
 LOCK, STAGE = 'lock', 'stage'
-CLIENTS = dict(gs='gcsfs', s3='s3fs')      # what reaches a bucket
 
 
 class RunDirectory:
   """A context manager; opening raises ConfigError where the directory cannot be used."""
 
   def __init__(self, workdir, cache: pathlib.Path):
-    scheme, separator, _ = str(workdir).partition('://')
-    self.bucket = bool(separator)
-    if self.bucket and scheme not in CLIENTS:
-      raise ConfigError(f'--workdir: {workdir}: expected a local path, {" or ".join(s + "://" for s in CLIENTS)}')
+    self.bucket = '://' in str(workdir)
     if self.bucket:
-      self.path = epath.Path(str(workdir).rstrip('/'))
+      self.path = paths.open_path(workdir)
       self.local = cache / 'runs' / hashlib.sha256(str(self.path).encode()).hexdigest()[:20]
     else:
       self.local = pathlib.Path(workdir).expanduser().absolute()
@@ -157,8 +153,6 @@ def _bucket_errors(path):
   """Each library raises its own kinds."""
   try:
     yield
-  except ImportError as e:
-    raise ConfigError(f"--workdir: {path} needs {CLIENTS[str(path)[:2]]}; pip install -e '.[bucket]' ({e})") from e
   except Exception as e:
     raise ConfigError(f'--workdir: {path}: {type(e).__name__}: {" ".join(str(e).split())[:200]}; check the bucket\'s '
                       'name and your credentials') from e
