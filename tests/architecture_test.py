@@ -10,7 +10,8 @@ NNX = {'Module', 'Param', 'Rngs', 'vmap', 'split', 'merge', 'eval_shape', 'state
 
 # A part may import its own level and those before it: config <- sharding <- ... <- commands.
 LEVELS = [['config'], ['sharding', 'manifest', 'paths'], ['models', 'data', 'checkpoint'], ['interop'], ['generate'],
-          ['train'], ['serve', 'tune', 'evals'], ['api'], ['main', 'sample', 'convert', 'chat', 'evaluate', 'plan', 'bench']]
+          ['train'], ['serve', 'tune', 'evals'], ['api'],
+          ['main', 'sample', 'convert', 'chat', 'evaluate', 'plan', 'bench']]
 RANK = {part: rank for rank, parts in enumerate(LEVELS) for part in parts}
 COMMANDS = {*LEVELS[-1], 'serve.__main__'}
 # The one import that points up: `--config.model=NAME` looks a preset up, inside the function that reads the flag.
