@@ -70,11 +70,11 @@ def run(flags) -> None:
   with mesh(flags.fsdp, flags.tensor):
     found = checkpoint.find(flags.model, flags.step, ('params', 'ema') if flags.ema else ('params',),
                             not flags.no_verify)
-    print(f'step {found.step} ({found.verified})', file=sys.stderr)
     results = generate(api.load(found, ema=flags.ema), prompts, flags, options)
   made = sum(len(r.tokens) for r in results)
   seconds = max(r.seconds for r in results)
-  print(f'{made} tokens in {seconds:.2f} s ({made / max(seconds, 1e-9):,.0f} tok/s after compiling)', file=sys.stderr)
+  print(f'{made} tokens in {seconds:.2f} s ({made / max(seconds, 1e-9):,.0f} tok/s after compiling); '
+        f'step {found.step}, {found.verified}', file=sys.stderr)
 
 
 def mesh(fsdp: int, tensor: int):

@@ -17,7 +17,7 @@ BASE = f'--config={ROOT}/configs/base.py'
     (['--confg=x'], "--confg; nearest: 'config'"),
     (['--config=configs/bse.py'], "no file 'configs/bse.py'"),
     ([BASE, '--debug=1'], '--debug: takes no value'),
-    ([BASE, '--workdir=gs://bucket/run'], 'gs://bucket/run is a bucket; mount it'),
+    ([BASE, '--workdir=ftp://bucket/run'], 'ftp://bucket/run: expected a local path, gs:// or s3://'),
     ([BASE, '--config.mesh.distributed=True'], 'config.mesh.distributed: '),
     ([BASE, 'train'], "unexpected argument 'train'"),
     ([BASE, '--config.train.step=3'], "no such key 'step'; nearest: 'steps'"),

@@ -92,7 +92,7 @@ def test_errors_are_one_line_with_status_2(run, capsys, tmp_path):
   assert 'prompt 0: is empty' in failure(capsys, run)
   assert "character 'ß'" in failure(capsys, run, '--prompt=ß')
   assert 'prompt 0: has 48 tokens, expected at most 47' in failure(capsys, run, '--prompt=' + 'a' * 48)
-  assert 'no complete checkpoint of step 7' in failure(capsys, run, '--prompt=a', '--step=7')
+  assert 'no checkpoint of step 7' in failure(capsys, run, '--prompt=a', '--step=7')
   assert '--stream: expected one prompt' in failure(capsys, run, '--prompt=a', '--n=2', '--stream')
 
 
