@@ -40,10 +40,10 @@ def write(folder, barrier: typing.Callable[[str], None] = lambda name: None, err
     if None in (digest for _, digest in mine.values()):
       raise OSError(f'{folder}: a file that was just written cannot be read')
   except Exception as e:
-    if count == 1:
-      raise
     error = e
   if count == 1:
+    if error:
+      raise error
     write_json(folder / NAME, dict(format_version=FORMAT, files=mine))
     return
   parts = [folder / f'{NAME}.{i}' for i in range(count)]
@@ -97,10 +97,9 @@ def problem(folder) -> str:
 
 def _without_manifest(folder) -> str:
   try:
-    unverified(folder)
+    return '' if unverified(folder) else f'incomplete: no {NAME}, its write did not finish'
   except (OSError, ValueError, AttributeError) as e:
     return f'damaged: meta.json is unreadable ({type(e).__name__})'
-  return '' if unverified(folder) else f'incomplete: no {NAME}, its write did not finish'
 
 
 def unverified(folder) -> bool:

@@ -18,6 +18,12 @@ def test_ours_beside_the_limit(capsys):
   assert 'llm_jax' in out and 'ours/this 1.00x' in out and 'limit' in out and out.count('tok/s') == 2
 
 
+def test_a_save_beside_orbax_alone(capsys):
+  bench.main(['save', '--mb=50', '--rounds=1'])
+  out = capsys.readouterr().out
+  assert 'save 50 MB, 1 rounds' in out and out.count('ours/orbax') == 2 and 'restore, verified' in out
+
+
 def test_the_peer_is_in_the_same_table(capsys):
   pytest.importorskip('torch', reason="the peer needs pip install -e '.[parity]'")
   bench.main([*FLAGS, '--peer=torch'])
