@@ -55,6 +55,17 @@ def get_config():
       windows=(0,),                     # sliding window by layer, repeated over the depth; 0: all earlier positions
       mlp='relu2',                      # gelu (tanh) | gelu_exact | geglu | swiglu | relu2 | relu
       mlp_bias=False,                   # on both matrices
+      experts=0,                        # E: mixture of experts instead of one MLP per layer; 0: off
+      experts_per_token=2,              # J: chosen by the router for each token
+      expert_dim=0,                     # F of each expert; 0: mlp_dim
+      shared_experts=0,                 # experts that every token goes through as well
+      expert_capacity=0.0,              # > 0: an expert takes so many times its equal share, training only; 0: dropless
+      expert_exchange='fixed',          # over mesh.expert: fixed (all_to_all) | ragged (dropless on TPU and GPU)
+      expert_buffer=0.0,                # of an exchange, in equal shares; the rest is dropped; 0: for the worst case
+      router='softmax',                 # softmax | sigmoid, of the experts' scores
+      router_normalize=True,            # the chosen experts' weights sum to 1
+      router_scale=1.0,                 # times those weights (DeepSeek)
+      router_bias=False,                # balance by a bias on the choice instead of a loss (arXiv 2408.15664)
       parallel_residual=False,          # attention and MLP read the same input (GPT-J, PaLM)
       tied_embeddings=False,            # the output matrix is the embedding
       embedding_scale=False,            # multiply embeddings by sqrt(width)
@@ -101,11 +112,14 @@ def get_config():
       steps=0,                          # 0: as many as fit in `minutes`
       minutes=5.0,                      # > 0: wall-clock budget of the training loop (steps then cap it)
       batch_size=8,                     # B: sequences per step, over all devices
-      accumulate=0,                     # microbatches per step; 0: on a CPU of <= 1,024 tokens (1 with dropout), else 1
+      accumulate=0,                     # microbatches per step; 0: one, on a CPU of <= 1,024 tokens
       accumulate_dtype='float32',       # float32 | bfloat16: in which microbatches' gradients are summed
       seed=0,                           # of the parameters, the order of the data and dropout
       objective='causal',               # causal | prefix | masked | span
       z_loss=0.0,                       # weight of logsumexp ** 2 (PaLM uses 1e-4)
+      balance_loss=0.01,                # experts: weight of the load-balance loss (arXiv 2101.03961)
+      router_z_loss=0.001,              # experts: weight of the router's z-loss (arXiv 2202.08906)
+      router_bias_rate=0.001,           # experts: how far a step moves router_bias
       label_smoothing=0.0,              # share of the target spread over the vocabulary
       loss_chunk=0,                     # positions per chunk of the cross-entropy; 0: all at once
       ema=0.0,                          # decay of the parameters' moving average; 0: none kept
@@ -134,9 +148,10 @@ def get_config():
       data=1,                           # replicas that split the batch
       fsdp=-1,                          # split the batch, the parameters and the moments; -1: all devices left
       tensor=1,                         # split heads, mlp and vocabulary
-      context=1,                        # reserved
-      expert=1,                         # reserved
-      stage=1,                          # reserved
+      context=1,                        # split positions: ring attention
+      expert=1,                         # split the batch, and experts among devices
+      stage=1,                          # split the depth: a pipeline of train.accumulate microbatches
+      interleave=1,                     # parts of the depth that each stage holds (circular pipeline)
       distributed=False,                # call jax.distributed.initialize() (TPU pods, SLURM, GKE need no arguments)
   ))
 

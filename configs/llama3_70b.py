@@ -1,17 +1,25 @@
-"""Llama 3 70B (arXiv 2407.21783) at 8,192 tokens of context.
+"""Llama 3 70B (arXiv 2407.21783) at 8,192 tokens of context, on a TPU slice named by the argument:
 
-  python -m llm_jax.main --config=configs/llama3_70b.py --workdir=/mnt/BUCKET/llama3_70b \
+  python -m llm_jax.main --config=configs/llama3_70b.py:v6e-256 --workdir=gs://BUCKET/llama3_70b \
       --config.data.path='/data/web/*.parquet' --config.tokenizer.path=/data/llama3/tokenizer.json
 
-Hardware: a TPU v5p-512 slice (256 chips), fsdp 64 x tensor 4: 512 sequences, 4.2 million tokens a step.
-Not run here: no figures of ours.
+What each needs and could reach, by `python -m llm_jax.plan`: docs/benchmarks.md. Not run here: no figures of a run.
 """
+import base
 import llama3_8b
 
+PODS = {
+    'v5p-128': (dict(batch_size=64), dict()),                                   # 64 chips
+    'v6e-256': (dict(batch_size=256), dict(fsdp=64, tensor=4)),                 # 256 chips
+}
 
-def get_config():
-  config = llama3_8b.get_config('llama3_70b')
-  config.train.batch_size, config.train.accumulate = 512, 2
+
+def get_config(pod: str = 'v5p-128'):
+  if pod not in PODS:
+    raise base.ConfigError(f'configs/llama3_70b.py: no {pod!r}; there are {", ".join(PODS)}')
+  config = llama3_8b.llama3('llama3_70b')
+  train, mesh = PODS[pod]
+  config.train.update(train)
+  config.mesh.update(mesh)
   config.optimizer.learning_rate = 1.5e-4
-  config.mesh.tensor = 4
   return config

@@ -62,6 +62,17 @@ class Model:
   windows: tuple[int, ...] = (0,)
   mlp: str = 'gelu'
   mlp_bias: bool = False
+  experts: int = 0
+  experts_per_token: int = 2
+  expert_dim: int = 0
+  shared_experts: int = 0
+  expert_capacity: float = 0.0
+  expert_exchange: str = 'fixed'
+  expert_buffer: float = 0.0
+  router: str = 'softmax'
+  router_normalize: bool = True
+  router_scale: float = 1.0
+  router_bias: bool = False
   parallel_residual: bool = False
   tied_embeddings: bool = True
   embedding_scale: bool = False
@@ -125,6 +136,9 @@ class Train:
   seed: int = 0
   objective: str = 'causal'
   z_loss: float = 0.0
+  balance_loss: float = 0.01
+  router_z_loss: float = 0.001
+  router_bias_rate: float = 0.001
   label_smoothing: float = 0.0
   loss_chunk: int = 0
   ema: float = 0.0
@@ -159,6 +173,7 @@ class Mesh:
   context: int = 1
   expert: int = 1
   stage: int = 1
+  interleave: int = 1
   distributed: bool = False
 
 
@@ -216,6 +231,7 @@ CHOICES = {
     'model.rope_scaling': ('none', 'linear', 'yarn', 'llama3'),
     'model.attention': ('causal', 'prefix', 'bidirectional'),
     'model.mlp': ('gelu', 'gelu_exact', 'geglu', 'swiglu', 'relu2', 'relu'),
+    'model.router': ('softmax', 'sigmoid'), 'model.expert_exchange': ('fixed', 'ragged'),
     'model.dtype': ('auto', 'float32', 'bfloat16'), 'model.kernel': ('auto', 'xla', 'cudnn', 'splash'),
     'model.remat': ('none', 'dots', 'full'),
     'data.source': ('stdlib', 'text', 'jsonl', 'parquet', 'arrayrecord', 'tfds', 'mixture'),
@@ -230,7 +246,7 @@ CHOICES = {
 POSITIVE = ('model.layers', 'model.width', 'model.heads', 'data.length', 'data.temperature', 'train.batch_size',
             'checkpoint.keep', 'log.every', 'tokenizer.train_mb', 'tokenizer.vocab_size', 'model.init_scale',
             'model.rope_base', 'model.rope_factor', 'model.rope_fraction', 'eval.batches', 'eval.top_p',
-            'train.spike_sigmas')
+            'train.spike_sigmas', 'model.router_scale')
 AT_MOST_1 = ('model.rope_fraction', 'optimizer.decay_fraction', 'optimizer.final_fraction', 'eval.top_p')
 BELOW_1 = ('model.dropout', 'train.label_smoothing', 'train.ema', 'optimizer.b1', 'optimizer.b2', 'optimizer.momentum')
 
@@ -300,6 +316,39 @@ def _literal(key, text, kind):
   return value
 
 
+def from_flags(args: list[str], flags: dict) -> tuple['Config', dict]:
+  """(Config, values) of a command line: --config=FILE, --config.group.key=value, and the command's own flags, given as
+  {name: default}; False is the default of one that takes no value. Raises ConfigError naming the nearest right one."""
+  values, overrides, args = dict(config=None, **flags), [], list(args)
+  while args:
+    flag, args = args[0], args[1:]
+    name, equals, value = flag.removeprefix('--').partition('=')
+    if not flag.startswith('--'):
+      raise ConfigError(f'unexpected argument {flag!r}; flags are --config.group.key, '
+                        + ', '.join(f'--{name}' for name in values))
+    if not name.startswith('config.') and name not in values:
+      raise ConfigError(f'unknown flag --{name}{nearest(name, values)}')
+    if flags.get(name) is False:
+      if equals:
+        raise ConfigError(f'--{name}: takes no value, got {value!r}')
+      values[name] = True
+      continue
+    if not equals:
+      if not args or args[0].startswith('--'):
+        raise ConfigError(f'--{name}: expected a value, as --{name}=VALUE')
+      value, args = args[0], args[1:]
+    if name.startswith('config.'):
+      overrides.append((name.removeprefix('config.'), value))
+    else:
+      values[name] = value
+  if not values['config']:
+    raise ConfigError('--config: expected a config file, as --config=configs/base.py')
+  config = load_file(values['config'])
+  for key, value in overrides:
+    override(config, key, value)
+  return build(config), values
+
+
 def build(config: ConfigDict) -> Config:
   """The frozen, validated Config of a ConfigDict. Raises ConfigError naming the key and the nearest right one."""
   return check(_build(Config, config.to_dict() if isinstance(config, ConfigDict) else config, ''))
@@ -362,6 +411,17 @@ def check(config: Config) -> Config:
     raise ConfigError(f'config.model.rope_original_length: rope_scaling={m.rope_scaling!r} needs it')
   if not m.windows or min(m.windows) < 0:
     raise ConfigError(f'config.model.windows: expected at least one window >= 0, got {m.windows}')
+  if m.experts and not 0 < m.experts_per_token <= m.experts:
+    raise ConfigError(f'config.model.experts_per_token: expected 1 to {m.experts} (experts), got {m.experts_per_token}')
+  if m.experts and m.mlp_bias:
+    raise ConfigError('config.model.mlp_bias: experts have no bias; set it to False')
+  if m.experts and m.encoder_layers:
+    raise ConfigError('config.model.experts: an encoder-decoder has none; set it to 0')
+  if m.expert_exchange == 'ragged' and m.expert_capacity:
+    raise ConfigError("config.model.expert_capacity: slots are exchanged whole; set expert_exchange to 'fixed', or the "
+                      'capacity to 0')
+  if m.router_bias and not m.experts:
+    raise ConfigError('config.model.router_bias: needs experts > 0')
   if m.rope_scaling == 'llama3' and m.rope_low_freq >= m.rope_high_freq:
     raise ConfigError(f'config.model.rope_low_freq: {m.rope_low_freq} must be below rope_high_freq {m.rope_high_freq}')
   if m.positions == 'sinusoidal' and m.width % 2:
@@ -407,10 +467,12 @@ def _is_range(text):
 
 
 def derive(model: Model, vocab_size: int = 0, length: int = 0) -> Model:
-  """Fills fields that are 0 for 'derived': head_dim, kv_heads, mlp_dim, and, when given, vocab_size and max_length."""
+  """Fills fields that are 0 for 'derived': head_dim, kv_heads, mlp_dim, expert_dim, and, when given,
+  vocab_size and max_length."""
   return dataclasses.replace(
       model, head_dim=model.head_dim or model.width // model.heads, kv_heads=model.kv_heads or model.heads,
-      mlp_dim=model.mlp_dim or 4 * model.width, max_length=model.max_length or length,
+      mlp_dim=model.mlp_dim or 4 * model.width,
+      expert_dim=model.expert_dim or model.mlp_dim or 4 * model.width, max_length=model.max_length or length,
       vocab_size=model.vocab_size or -(-vocab_size // 64) * 64)
 
 

@@ -15,40 +15,13 @@ import pathlib  # noqa: E402
 import sys  # noqa: E402
 
 from llm_jax import config as config_lib  # noqa: E402
-from llm_jax.config import ConfigError  # noqa: E402
 
 
 def parse(args: list[str]):
   """(Config, workdir, debug) of a command line. Raises ConfigError naming the flag and the nearest right one."""
-  values = dict(config=None, workdir=None, debug=False)
-  overrides = []
-  while args:
-    flag, args = args[0], args[1:]
-    name, equals, value = flag.removeprefix('--').partition('=')
-    if not flag.startswith('--'):
-      raise ConfigError(f'unexpected argument {flag!r}; flags are --config, --config.group.key, --workdir, --debug')
-    if name == 'debug':
-      if equals:
-        raise ConfigError(f'--debug: takes no value, got {value!r}')
-      values['debug'] = True
-      continue
-    if not name.startswith('config.') and name not in values:
-      raise ConfigError(f'unknown flag --{name}{config_lib.nearest(name, values)}')
-    if not equals:
-      if not args or args[0].startswith('--'):
-        raise ConfigError(f'--{name}: expected a value, as --{name}=VALUE')
-      value, args = args[0], args[1:]
-    if name.startswith('config.'):
-      overrides.append((name.removeprefix('config.'), value))
-    else:
-      values[name] = value
-  if not values['config']:
-    raise ConfigError('--config: expected a config file, as --config=configs/base.py')
-  config = config_lib.load_file(values['config'])
-  for key, value in overrides:
-    config_lib.override(config, key, value)
+  config, values = config_lib.from_flags(args, dict(workdir=None, debug=False))
   workdir = values['workdir'] or f'runs/{pathlib.Path(values["config"].partition(":")[0]).stem}'
-  return config_lib.build(config), workdir, values['debug']
+  return config, workdir, values['debug']
 
 
 def main(args: list[str]) -> None:

@@ -8,7 +8,9 @@ import math
 import os
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -16,8 +18,8 @@ from llm_jax import config as config_lib
 from llm_jax.config import ConfigError
 
 AXES = ('data', 'fsdp', 'tensor', 'context', 'expert', 'stage')
-PARAM = dict(D='fsdp', V='tensor', N='tensor', K='tensor', F='tensor', E='expert')
-ACT = dict(B=('data', 'fsdp'), T='context', V='tensor', N='tensor', K='tensor', F='tensor', E='expert')
+PARAM = dict(D='fsdp', V='tensor', N='tensor', K='tensor', F='tensor', E='expert', L='stage')
+ACT = dict(B=('data', 'fsdp', 'expert'), T='context', V='tensor', N='tensor', K='tensor', F='tensor')
 
 
 def initialize_hosts() -> None:
@@ -50,25 +52,46 @@ def fail_together():
 
 
 def make_mesh(mesh: config_lib.Mesh, devices=None) -> jax.sharding.Mesh:
-  """The Mesh of a config over `devices` (default: all). Raises ConfigError where the sizes do not multiply to them."""
+  """The Mesh of a config over `devices` (default: all). Raises ConfigError where the sizes do not multiply to them.
+
+  Where the devices lie in several slices (TPU) or on several hosts without a fast network between them (what the
+  runtime calls slices), the slices are split among replicas first: `data`, then `stage`, then `fsdp`.
+  """
   devices = jax.devices() if devices is None else devices
-  for axis in ('context', 'expert', 'stage'):
-    if getattr(mesh, axis) != 1:
-      raise ConfigError(f'config.mesh.{axis}: the name is reserved; only 1 is supported, got {getattr(mesh, axis)}')
   sizes = [getattr(mesh, axis) for axis in AXES]
   if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
     raise ConfigError(f'config.mesh: expected positive sizes and at most one -1, got {dict(zip(AXES, sizes))}')
   fixed = math.prod(s for s in sizes if s > 0)
   if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
     raise ConfigError(f'config.mesh: {dict(zip(AXES, sizes))} needs {"a multiple of " if -1 in sizes else ""}{fixed} '
-                      f'devices, this machine has {len(devices)}')
+                      f'devices, there are {len(devices)}')
   sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  slices = len({getattr(d, 'slice_index', 0) for d in devices})
+  kinds = (AxisType.Auto,) * len(AXES)
+  if slices == 1:
+    return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+  between = across_slices(dict(zip(AXES, sizes)), slices)
+  within = [s // between.get(axis, 1) for axis, s in zip(AXES, sizes)]
+  grid = mesh_utils.create_hybrid_device_mesh(within, [between.get(axis, 1) for axis in AXES], devices)
+  return jax.sharding.Mesh(grid, AXES, axis_types=kinds)
+
+
+def across_slices(sizes: dict[str, int], slices: int) -> dict[str, int]:
+  """How many ways of each axis lie in different slices: the slow network carries what communicates least."""
+  out, left = {}, slices
+  for axis in ('data', 'stage', 'fsdp'):
+    out[axis] = math.gcd(sizes[axis], left)
+    left //= out[axis]
+  if left > 1:
+    raise ConfigError(f'config.mesh: {slices} slices must divide data x stage x fsdp, which are {sizes["data"]}, '
+                      f'{sizes["stage"]} and {sizes["fsdp"]}; set data to a multiple of {slices}')
+  return out
 
 
 def spec(dims: str, table: dict, shape: tuple[int, ...] | None = None, mesh: jax.sharding.Mesh | None = None) -> P:
   """PartitionSpec of a tensor with these dims, e.g. 'LDF'. Raises ValueError for an axis used twice; with a shape and a
-  mesh also for a size its axis does not divide, except K, which is replicated (few kv heads on a wide tensor axis)."""
+  mesh also for a size its axis does not divide, except K, which is replicated (few kv heads on a wide tensor axis),
+  and T (a prompt, one new token; training checks its length)."""
   axes = [table.get(letter) for letter in dims]
   used = [a for axis in axes if axis for a in (axis if isinstance(axis, tuple) else (axis,))]
   if len(used) != len(set(used)):
@@ -78,10 +101,11 @@ def spec(dims: str, table: dict, shape: tuple[int, ...] | None = None, mesh: jax
       raise ValueError(f'{dims}: {len(dims)} letters for shape {shape}')
     for i, (letter, size, axis) in enumerate(zip(dims, shape, axes)):
       ways = axis_size(mesh, axis)
-      if size % ways and letter == 'K':
+      if size % ways and letter in 'KT':
         axes[i] = None
       elif size % ways:
-        raise ConfigError(f'config.mesh: axis {axis!r} ({ways} ways) does not divide {letter}={size} of {dims}')
+        raise ConfigError(f'config.mesh: axis {axis!r} ({ways} ways) does not divide {letter}={size} of {dims}; '
+                          f'set it to a divisor of {size}')
   return P(*axes)
 
 
@@ -90,12 +114,31 @@ def axis_size(mesh, axis) -> int:
   return math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()))
 
 
+def ways(axis: str) -> int:
+  """Devices along an axis of the mesh that is set; 1 where none is."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else mesh.shape[axis]
+
+
 def shard(x, dims: str, table: dict = ACT):
   """Constrains an activation to its letters' axes; does nothing where no mesh is set (a single device, a test)."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return x
   return jax.lax.with_sharding_constraint(x, spec(dims, table, x.shape, mesh))
+
+
+def per_device(f, in_specs, out_specs):
+  """f under `shard_map` over every axis that is not yet split by hand (inside the pipeline, `stage` is)."""
+  mesh = jax.sharding.get_abstract_mesh()
+  free = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual}
+  return jax.shard_map(f, axis_names=free, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def indices(axis: str) -> jax.Array:
+  """[axis size]: give it to `per_device` with P(axis), and each device gets its own index along the axis as a [1]
+  array. jax.lax.axis_index does not compile in a shard_map inside another."""
+  return jnp.arange(jax.sharding.get_abstract_mesh().shape[axis])
 
 
 def dims_of(path) -> str:
@@ -139,7 +182,7 @@ def local_rows(rows: int, mesh: jax.sharding.Mesh) -> tuple[int, int]:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-  """This process's rows (local_rows) of a batch (names end in their dims) as global arrays, over (data, fsdp)."""
+  """This process's rows (local_rows) of a batch (names end in their dims) as global arrays, split over B's axes."""
   ways = axis_size(mesh, ACT['B'])
   first, stop = local_rows(ways, mesh)
 

@@ -9,8 +9,8 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / 'llm_jax'
 NNX = {'Module', 'Param', 'Rngs', 'vmap', 'split', 'merge', 'eval_shape', 'state', 'to_pure_dict'}
 
 # A part may import its own level and those before it: config <- sharding <- ... <- commands.
-LEVELS = [['config'], ['sharding', 'manifest', 'paths'], ['models', 'data', 'checkpoint'], ['interop'], ['generate'],
-          ['train'], ['serve', 'tune', 'evals'], ['api'],
+LEVELS = [['config'], ['sharding', 'manifest', 'paths', 'hlo', 'hardware'], ['models', 'data', 'checkpoint'],
+          ['interop'], ['generate'], ['train'], ['serve', 'tune', 'evals', 'planner'], ['api'],
           ['main', 'sample', 'convert', 'chat', 'evaluate', 'plan', 'bench']]
 RANK = {part: rank for rank, parts in enumerate(LEVELS) for part in parts}
 COMMANDS = {*LEVELS[-1], 'serve.__main__'}

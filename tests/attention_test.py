@@ -11,8 +11,9 @@ from tiny import model, params, quick_jit
 from llm_jax import sharding
 from llm_jax.config import ConfigError, Mesh
 from llm_jax.models import attention, transformer
-from llm_jax.models.attention import BLOCK, View, attend_causal, attend_cudnn, attend_splash, attend_xla, choose
+from llm_jax.models.attention import BLOCK, attend_causal, attend_cudnn, attend_splash, attend_xla, choose
 from llm_jax.models.layers import alibi_slopes
+from llm_jax.models.view import View, visible
 
 SEGMENT_BT = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 0, 0]])      # two documents of five tokens, two of padding
 POSITION_BT = np.array([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]])
@@ -32,9 +33,9 @@ def sees(kind, window, q, k, prefix=PREFIX_BT[0], segment=SEGMENT_BT[0]):
 @pytest.mark.parametrize('kind', ['causal', 'prefix', 'bidirectional'])
 def test_visible_is_the_rule(kind, window):
   view = View(kind, segment_BT=SEGMENT_BT, key_segment_BS=SEGMENT_BT, prefix_BS=PREFIX_BT)
-  mask_TS = attention.visible(view, window, 12, 12)[0]
+  mask_TS = visible(view, window, 12, 12)[0]
   assert mask_TS.tolist() == [[sees(kind, window, q, k) for k in range(12)] for q in range(12)]
-  assert attention.visible(View('bidirectional'), 0, 12, 12) is None
+  assert visible(View('bidirectional'), 0, 12, 12) is None
 
 
 LEAKS = {                                    # every kind of attention, window and position, with what else could leak

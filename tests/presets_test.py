@@ -19,6 +19,7 @@ SIZES = {                                # millions of parameters: the published
     'llama2_7b': 6738.42, 'llama3_8b': 8030.26, 'llama3_70b': 70553.71, 'llama3_2_1b': 1235.81, 'mistral_7b': 7241.73,
     'smollm_135m': 134.52, 'smollm2_135m': 134.52, 'smollm2_360m': 361.82, 'qwen2_5_0_5b': 494.03,
     'qwen2_5_7b': 7615.62, 'qwen3_0_6b': 596.05, 'qwen3_8b': 8190.74, 'gemma2_2b': 2614.34, 'gemma3_1b': 999.89,
+    'llama3_405b': 405_853.39, 'mixtral_8x7b': 46_702.79, 'qwen3_30b_a3b': 30_532.12, 'olmoe_1b_7b': 6919.16,
     'gemma3_4b': 3880.26, 'olmo2_1b': 1484.92, 'olmo2_7b': 7298.62, 'phi3_mini': 3821.08,
     'transformer': 37.85, 'transformer_encoder_decoder': 63.05,           # "65M" in the paper, with unshared positions
 }
@@ -59,8 +60,8 @@ def test_names_are_the_dims_and_the_shards_fit(name):
 def test_one_kv_head_is_replicated_over_tensor():
   mesh = sharding.make_mesh(config_lib.Mesh(data=2, fsdp=2, tensor=2))
   attention = sharding.param_specs(shapes('gemma3_1b'), mesh)['blocks0']['attention']
-  assert attention['w_k_DKH'] == P(None, 'fsdp', None, None)
-  assert attention['w_q_DNH'] == P(None, 'fsdp', 'tensor', None)
+  assert attention['w_k_DKH'] == P('stage', 'fsdp', None, None)
+  assert attention['w_q_DNH'] == P('stage', 'fsdp', 'tensor', None)
 
 
 @pytest.mark.parametrize('name', presets.PRESETS)

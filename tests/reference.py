@@ -159,6 +159,25 @@ def rope(cfg, base, scaled=True):
 
 
 def _mlp(cfg, p, x):
+  return _experts(cfg, p, x) if cfg.experts else _dense(cfg, p, x)
+
+
+def _experts(cfg, p, x):
+  """Token by token, expert by expert; no expert is ever full."""
+  out = np.zeros_like(x)
+  for t, token in enumerate(x):
+    logits = token @ p['w_router_DE']
+    score = np.exp(logits - logits.max())
+    score = score / score.sum() if cfg.router == 'softmax' else 1 / (1 + np.exp(-logits))
+    chosen = np.argsort(-(score + p.get('router_bias_E', 0)), kind='stable')[:cfg.experts_per_token]
+    total = score[chosen].sum() if cfg.router_normalize else 1
+    for e in chosen:
+      expert = {name[:-3] + ('DF' if 'down' not in name else 'FD'): w[e] for name, w in p.items() if name[-3] == 'E'}
+      out[t] += cfg.router_scale * score[e] / total * _dense(cfg, expert, token[None])[0]
+  return out + (_dense(cfg, p['shared'], x) if cfg.shared_experts else 0)
+
+
+def _dense(cfg, p, x):
   up = x @ p['w_up_DF'] + (p['b_up_F'] if cfg.mlp_bias else 0)
   tanh_gelu = lambda a: 0.5 * a * (1 + np.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3)))
   gate = x @ p['w_gate_DF'] if 'w_gate_DF' in p else None

@@ -29,7 +29,8 @@ def model(name='', **fields) -> config_lib.Model:
   small = dict(
       vocab_size=61, layers=3, width=32, heads=4, kv_heads=min(full.kv_heads, 2), head_dim=8 if full.head_dim else 0,
       mlp_dim=48, max_length=32, windows=tuple(3 if w else 0 for w in full.windows), dropout=0.0, dtype='float32',
-      encoder_layers=min(full.encoder_layers, 2), unroll=False, remat='none')
+      encoder_layers=min(full.encoder_layers, 2), experts=min(full.experts, 6), expert_dim=24 if full.experts else 0,
+      experts_per_token=min(full.experts_per_token, 3), unroll=False, remat='none')
   return config_lib.derive(dataclasses.replace(full, **small | fields))
 
 

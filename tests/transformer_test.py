@@ -19,7 +19,10 @@ FAMILIES = {
     'transformer': dict(), 'gpt2_124m': dict(), 'llama3_8b': dict(), 'llama3_2_1b': dict(rope_original_length=20),
     'mistral_7b': dict(), 'qwen2_5_0_5b': dict(), 'qwen3_0_6b': dict(), 'gemma2_2b': dict(),
     'gemma3_4b': dict(layers=5, windows=(3, 3, 0), rope_base=100.0, rope_base_local=20.0), 'olmo2_1b': dict(),
-    'phi3_mini': dict(),
+    'phi3_mini': dict(), 'mixtral_8x7b': dict(), 'olmoe_1b_7b': dict(),
+    'experts, shared, sigmoid, bias, scale': dict(
+        mlp='swiglu', experts=5, experts_per_token=2, expert_dim=20, shared_experts=2, router='sigmoid',
+        router_bias=True, router_scale=2.5, expert_capacity=0.1),        # capacity: in training only
     'yarn, partial rotation, parallel': dict(
         rope_scaling='yarn', rope_factor=4.0, rope_original_length=12, rope_base=50.0, rope_fraction=0.5, head_dim=16,
         rope_beta_fast=2.0, parallel_residual=True, mlp='relu2', mlp_bias=True, attention_scale=0.3),

@@ -1,9 +1,9 @@
-"""Attention: who may see whom (`visible`), the kernels behind one function (`attend`), and the module with its weights.
+"""Attention: its kernels and the module with its weights. Who may see whom is in view.py.
 
-Kernels: `xla` (plain einsums, everything supported, every backend), `cudnn` (GPU, flash), `splash` (TPU, Pallas).
+Kernels: `xla` (plain einsums, everything supported, every backend), `cudnn` (GPU, flash), `splash` (TPU, Pallas),
+`ring` (positions split over `context`: ring.py).
 `choose` names the one in use and why; a kernel that was asked for and cannot be used is an error, never a fallback.
 """
-import dataclasses
 import functools
 
 import jax
@@ -13,39 +13,11 @@ from jax.sharding import PartitionSpec as P
 
 from llm_jax import config as config_lib
 from llm_jax.config import ConfigError
-from llm_jax.models import layers
-from llm_jax.sharding import ACT, shard, spec
+from llm_jax.models import layers, ring
+from llm_jax.models.view import View, scores
+from llm_jax.sharding import ACT, per_device, shard, spec
 
 BLOCK, BLOCKS = 128, 8     # queries per block of attend_causal, and blocks at most (compile time grows with them)
-
-
-@dataclasses.dataclass(frozen=True)
-class View:
-  """What the queries of one forward pass may see; arrays are None where the plain case holds."""
-  kind: str                       # causal | prefix | bidirectional
-  position_BT: jax.Array | None = None   # of queries; None: 0..T-1
-  key_position_BS: jax.Array | None = None   # of keys; None: 0..S-1 (a cache's slots are its positions)
-  segment_BT: jax.Array | None = None    # document of each query; 0 is padding
-  key_segment_BS: jax.Array | None = None
-  prefix_BS: jax.Array | None = None     # keys that every query of their document sees
-
-
-def visible(view: View, window: int, T: int, S: int):
-  """bool [B or 1, T, S]: True where query t may see key s; None where it may see all. A window w keeps the w newest."""
-  q = (jnp.arange(T)[None] if view.position_BT is None else view.position_BT)[:, :, None]
-  k = (jnp.arange(S)[None] if view.key_position_BS is None else view.key_position_BS)[:, None, :]
-  mask = None
-  if view.kind != 'bidirectional':
-    mask = k <= q
-  if view.kind == 'prefix' and view.prefix_BS is not None:
-    mask = mask | view.prefix_BS[:, None, :]
-  if window:
-    near = q - k < window if view.kind != 'bidirectional' else jnp.abs(q - k) < window
-    mask = near if mask is None else mask & near
-  if view.key_segment_BS is not None:
-    same = view.segment_BT[:, :, None] == view.key_segment_BS[:, None, :]
-    mask = same if mask is None else mask & same
-  return mask
 
 
 def attend_xla(q_BTNH, k_BSKH, v_BSKH, view: View, **options):
@@ -83,18 +55,7 @@ def attend_causal(q_BTNH, k_BSKH, v_BSKH, view: View, *, window, **options):
 def _attend(q_BKGTH, k_BKSH, v_BKSH, view: View, *, window, scale, softcap, slopes_N=None):
   """(o_BKGTH, weight_BKGTS). The softmax's sum divides the output, which is smaller than the weights, and the largest
   score is a constant to the gradient: both leave one pass over the weights fewer, as in arXiv 2205.14135."""
-  (K, G, T), S = q_BKGTH.shape[1:4], k_BKSH.shape[2]
-  score_BKGTS = layers.settle(
-      jnp.einsum('BKGTH,BKSH->BKGTS', q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)) * scale
-  if softcap:
-    score_BKGTS = softcap * jnp.tanh(score_BKGTS / softcap)
-  if slopes_N is not None:
-    q = (jnp.arange(T)[None] if view.position_BT is None else view.position_BT)[:, None, None, :, None]
-    k = (jnp.arange(S)[None] if view.key_position_BS is None else view.key_position_BS)[:, None, None, None, :]
-    score_BKGTS = score_BKGTS - jnp.asarray(slopes_N).reshape(1, K, G, 1, 1) * jnp.abs(q - k)
-  mask = visible(view, window, T, S)
-  if mask is not None:
-    score_BKGTS = jnp.where(mask[:, None, None], score_BKGTS, -1e30)   # finite: a row that sees nothing is no NaN
+  score_BKGTS, mask = scores(q_BKGTH, k_BKSH, view, window=window, scale=scale, softcap=softcap, slopes_N=slopes_N)
   weight_BKGTS = jnp.exp(score_BKGTS - jax.lax.stop_gradient(score_BKGTS.max(-1, keepdims=True)))
   sum_BKGT1 = weight_BKGTS.sum(-1, keepdims=True)
   if view.kind == 'bidirectional' and view.key_segment_BS is not view.segment_BT:
@@ -160,8 +121,8 @@ def attend_splash(q_BTNH, k_BSKH, v_BSKH, view: View, *, window, scale, softcap,
   if q_spec[2] != k_spec[2]:                               # too few kv heads for the tensor axis: one per query head
     k_BSKH, v_BSKH = (jnp.repeat(x, q_BTNH.shape[2] // k_BSKH.shape[2], axis=2) for x in (k_BSKH, v_BSKH))
     k_spec = q_spec
-  return jax.shard_map(local, in_specs=(q_spec, k_spec, k_spec, P(ACT['B']) if view.segment_BT is not None else P()),
-                       out_specs=q_spec, check_vma=False)(q_BTNH, k_BSKH, v_BSKH, view.segment_BT)
+  return per_device(local, (q_spec, k_spec, k_spec, P(ACT['B']) if view.segment_BT is not None else P()),
+                    q_spec)(q_BTNH, k_BSKH, v_BSKH, view.segment_BT)
 
 
 def unusable(kernel: str, cfg: config_lib.Model, platform: str, dtype: str, length: int, packed: bool) -> str:
@@ -197,8 +158,17 @@ def unusable(kernel: str, cfg: config_lib.Model, platform: str, dtype: str, leng
   return '' if cfg.head_dim % 128 == 0 else f'head_dim {cfg.head_dim} is no multiple of 128'
 
 
-def choose(cfg: config_lib.Model, platform: str, dtype: str, length: int, packed: bool) -> tuple[str, str]:
-  """(kernel, reason) for the banner. Raises ConfigError where the kernel asked for cannot be used."""
+def choose(cfg: config_lib.Model, platform: str, dtype: str, length: int, packed: bool,
+           context: int = 1) -> tuple[str, str]:
+  """(kernel, reason) for the banner; context: ways that positions are split. Raises ConfigError where the kernel asked
+  for cannot be used."""
+  if context > 1:
+    if cfg.kernel in ('cudnn', 'splash'):
+      raise ConfigError(f'config.model.kernel: {cfg.kernel!r} sees whole sequences, and mesh.context splits them in '
+                        f"{context}; set kernel to 'auto' or context to 1")
+    if length % (2 * context):
+      raise ConfigError(f'config.data.length: {length} is no multiple of {2 * context}, twice mesh.context')
+    return 'ring', f'positions split in {context}'
   if cfg.kernel != 'auto':
     reason = unusable(cfg.kernel, cfg, platform, dtype, length, packed)
     if reason:
@@ -268,7 +238,9 @@ class Attention(nnx.Module):
     else:
       slopes_N = layers.alibi_slopes(cfg.heads) if cfg.positions == 'alibi' else None
       options = dict(common, softcap=cfg.attention_softcap, slopes_N=slopes_N)
-      if tap is None:
+      if kernel == 'ring':
+        o_BTNH = ring.attend_ring(q_BTNH, k_BSKH, v_BSKH, view, **options)
+      elif tap is None:
         o_BTNH = attend_causal(q_BTNH, k_BSKH, v_BSKH, view, **options)
       else:
         o_BTNH, weight_BNTS = attend_xla(q_BTNH, k_BSKH, v_BSKH, view, **options)

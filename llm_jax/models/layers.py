@@ -118,8 +118,8 @@ def add_bias(x, bias):
 class Mlp(nnx.Module):
   """Two matrices around a nonlinearity, or three for the gated kinds (arXiv 2002.05202); relu2 is arXiv 2109.08668."""
 
-  def __init__(self, cfg: config_lib.Model, rngs: nnx.Rngs):
-    D, F = cfg.width, cfg.mlp_dim
+  def __init__(self, cfg: config_lib.Model, rngs: nnx.Rngs, mlp_dim: int = 0):
+    D, F = cfg.width, mlp_dim or cfg.mlp_dim
     self.kind = cfg.mlp
     self.w_up_DF = normal(rngs, D, F, std=cfg.init_scale * D**-0.5)
     if cfg.mlp in ('geglu', 'swiglu'):

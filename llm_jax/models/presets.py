@@ -44,6 +44,7 @@ PRESETS = {
                       max_length=4096),
     'llama3_8b': dict(LLAMA3, **DEEP, layers=32, width=4096, heads=32, mlp_dim=14_336),
     'llama3_70b': dict(LLAMA3, **DEEP, layers=80, width=8192, heads=64, mlp_dim=28_672),
+    'llama3_405b': dict(LLAMA3, **DEEP, layers=126, width=16_384, heads=128, mlp_dim=53_248),
     'llama3_2_1b': dict(LLAMA3, **DEEP, layers=16, width=2048, heads=32, mlp_dim=8192, tied_embeddings=True,
                         max_length=131_072, rope_scaling='llama3', rope_factor=32.0, rope_original_length=8192),
     'mistral_7b': dict(LLAMA, **DEEP, layers=32, width=4096, heads=32, kv_heads=8, mlp_dim=14_336, vocab_size=32_000,
@@ -58,6 +59,8 @@ PRESETS = {
                        tied_embeddings=False),
     'qwen3_0_6b': dict(QWEN3, layers=28, width=1024, heads=16, mlp_dim=3072),
     'qwen3_8b': dict(QWEN3, **DEEP, layers=36, width=4096, heads=32, mlp_dim=12_288, tied_embeddings=False),
+    'qwen3_30b_a3b': dict(QWEN3, **DEEP, layers=48, width=2048, heads=32, kv_heads=4, mlp_dim=6144, experts=128,
+                          experts_per_token=8, expert_dim=768, tied_embeddings=False),
     'gemma2_2b': dict(GEMMA, **DEEP, layers=26, width=2304, heads=8, kv_heads=4, mlp_dim=9216, vocab_size=256_000,
                       max_length=8192, windows=(4096, 0), attention_softcap=50.0, logit_softcap=30.0),
     'gemma3_1b': dict(GEMMA3, **DEEP, layers=26, width=1152, heads=4, kv_heads=1, mlp_dim=6912, vocab_size=262_144,
@@ -66,6 +69,12 @@ PRESETS = {
                       max_length=131_072, windows=(1024,) * 5 + (0,), rope_scaling='linear', rope_factor=8.0),
     'olmo2_1b': dict(OLMO2, **DEEP, layers=16, width=2048, heads=16, mlp_dim=8192),
     'olmo2_7b': dict(OLMO2, **DEEP, layers=32, width=4096, heads=32, mlp_dim=11_008),
+    # arXiv 2409.02060.
+    'olmoe_1b_7b': dict(LLAMA, **DEEP, layers=16, width=2048, heads=16, mlp_dim=1024, vocab_size=50_304,
+                        max_length=4096, qk_norm='full', experts=64, experts_per_token=8, router_normalize=False),
+    # arXiv 2401.04088.
+    'mixtral_8x7b': dict(LLAMA, **DEEP, layers=32, width=4096, heads=32, kv_heads=8, mlp_dim=14_336, vocab_size=32_000,
+                         max_length=32_768, rope_base=1e6, experts=8, experts_per_token=2),
     'phi3_mini': dict(LLAMA, **DEEP, layers=32, width=3072, heads=32, mlp_dim=8192, vocab_size=32_064, max_length=4096,
                       windows=(2047,)),                                   # arXiv 2404.14219, 4k context
 }

@@ -1,9 +1,9 @@
 """The Transformer: one decoder (or encoder-decoder) whose every variation is a field of config.Model.
 
 Letters, in every tensor's name, every parameter's and every einsum: B batch, T query position, S key or source
-position, D model width, N query heads, K kv heads, G queries per kv head, H head dim, F mlp dim, V vocabulary,
-L layers. Layers of one position of the window pattern are stacked (`blocks0`, `blocks1`, ..., a leading L) and run by
-one scan; what the depth leaves over is a second stack (`tail0`, ...).
+position, D model width, N query heads, K kv heads, G queries per kv head, H head dim, F mlp dim, E experts,
+V vocabulary, L layers. Layers of one position of the window pattern are stacked (`blocks0`, `blocks1`, ..., a leading
+L) and run by one scan; what the depth leaves over is a second stack (`tail0`, ...).
 """
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from flax import nnx
 
 from llm_jax import config as config_lib
 from llm_jax.config import ConfigError
-from llm_jax.models import layers
+from llm_jax.models import layers, moe
 from llm_jax.models.attention import Attention, View, compute_dtype
 from llm_jax.sharding import PARAM, dims_of, shard
 
@@ -31,6 +31,7 @@ class Context:
   memory_view: View | None = None
   key: jax.Array | None = None        # dropout; None: off
   taps: dict | None = None            # name -> array, filled where asked for
+  training: bool = False              # experts drop what is past their capacity
 
 
 class Block(nnx.Module):
@@ -40,7 +41,7 @@ class Block(nnx.Module):
     self.cfg, self.window = cfg, window
     norm = lambda: layers.Norm(cfg, 'D', cfg.width)
     self.attention = Attention(cfg, rngs, window)
-    self.mlp = layers.Mlp(cfg, rngs)
+    self.mlp = moe.Moe(cfg, rngs) if cfg.experts else layers.Mlp(cfg, rngs)
     if cfg.norm_position in ('before', 'both'):
       self.norm_attention, self.norm_mlp = norm(), norm()
     if cfg.norm_position != 'before':
@@ -57,7 +58,7 @@ class Block(nnx.Module):
 
   def __call__(self, x_BTD, first_v_BTKH, context: Context, layer, cache=None):
     """One layer. layer: its index (traced in a scan). cache: (k_BSKH, v_BSKH, start_B) to extend, or None.
-    Returns x_BTD, the first layer's values, and the extended (k_BSKH, v_BSKH) or None."""
+    Returns x_BTD, the first layer's values, the extended (k_BSKH, v_BSKH) or None, and moe.statistics or None."""
     cfg = self.cfg
     key = None if context.key is None else jax.random.fold_in(context.key, layer)
     tap = None if context.taps is None else functools.partial(_tap, context.taps, layer)
@@ -80,13 +81,17 @@ class Block(nnx.Module):
     if hasattr(self, 'cross_attention'):
       x_BTD = self._cross(x_BTD, context, key)
     h_BTD = start_BTD if cfg.parallel_residual else x_BTD  # parallel: both read the same input (GPT-J, PaLM)
+    h_BTD, routed = self.norm_mlp(h_BTD) if hasattr(self, 'norm_mlp') else h_BTD, None
     with jax.named_scope('mlp'):
-      m_BTD = self.mlp(self.norm_mlp(h_BTD) if hasattr(self, 'norm_mlp') else h_BTD)
+      if cfg.experts:
+        m_BTD, routed = self.mlp(h_BTD, context.view.segment_BT, context.training)
+      else:
+        m_BTD = self.mlp(h_BTD)
     x_BTD = self._residual(x_BTD, m_BTD, 'norm_mlp_out', key, 1)
     if tap is not None:
       for name, value in dict(attention=a_BTD, mlp=m_BTD, residual=x_BTD).items():
         tap(name, value)
-    return x_BTD, first_v_BTKH, cache
+    return x_BTD, first_v_BTKH, cache, routed
 
   def _cross(self, x_BTD, context, key):
     h_BTD = self.norm_cross(x_BTD) if hasattr(self, 'norm_cross') else x_BTD
@@ -152,14 +157,19 @@ class Transformer(nnx.Module):
     """token_BT int32 [B, T] -> logits float32 [B, T, V]; inputs as for `hidden`."""
     return self.logits(self.hidden(token_BT, **inputs))
 
-  def hidden(self, token_BT, *, position_BT=None, segment_BT=None, prefix_BT=None, source_BS=None,
-             source_segment_BS=None, key=None, kernel='xla', taps=None):
-    """Final hidden states [B, T, D], after the last norm.
+  def hidden(self, token_BT, **inputs):
+    """Final hidden states [B, T, D], after the last norm; inputs as for `forward`."""
+    return self.forward(token_BT, **inputs)[0]
+
+  def forward(self, token_BT, *, position_BT=None, segment_BT=None, prefix_BT=None, source_BS=None,
+              source_segment_BS=None, key=None, kernel='xla', taps=None, training=False):
+    """Final hidden states [B, T, D], after the last norm, and {name of a stack: moe.statistics of its layers}.
 
     position_BT: restarts at each packed document (None: 0..T-1). segment_BT: document of each token, 0 for padding
     (None: one document per row). prefix_BT: tokens every query of the document sees (attention='prefix'). source_BS,
     source_segment_BS: the encoder's tokens and their segments (0: padding). key: dropout key, None for no dropout.
     taps: a dict to fill with 'layerI/attention_weights|attention|mlp|residual' arrays; layers then run unstacked.
+    training: experts keep to their capacity.
     """
     cfg = self.cfg
     if (source_BS is not None) != bool(cfg.encoder_layers):
@@ -168,15 +178,20 @@ class Transformer(nnx.Module):
     memory_BSD = None if source_BS is None else self.encode(source_BS, source_segment_BS, key, kernel)
     x_BTD = self.embed(token_BT, position_BT, None if key is None else jax.random.fold_in(key, 2**31 - 1))
     view = View(cfg.attention, segment_BT=segment_BT, key_segment_BS=segment_BT, prefix_BS=prefix_BT)
-    context = self.context(view, position_BT, token_BT.shape[1], kernel, x_BTD, key, taps)
+    context = self.context(view, position_BT, token_BT.shape[1], kernel, x_BTD, key, taps, training)
     if memory_BSD is not None:
       context = dataclasses.replace(context, memory_BSD=memory_BSD,
                                     memory_view=memory_view(token_BT, segment_BT, source_segment_BS))
+    routed = {}
     if taps is not None:
       x_BTD, _ = self.run_layers(self.layers(), x_BTD, context)
     else:
-      x_BTD = self._scan(x_BTD, context, stacks(cfg))
-    return self.norm_final(x_BTD) if cfg.norm_position != 'post' else x_BTD
+      x_BTD, routed = self._scan(x_BTD, context, stacks(cfg))
+    return self.finish(x_BTD), routed
+
+  def finish(self, x_BTD):
+    """The last norm, where there is one."""
+    return self.norm_final(x_BTD) if self.cfg.norm_position != 'post' else x_BTD
 
   def embed(self, token_BT, position_BT, key=None):
     """Embeddings [B, T, D] in the compute dtype, with absolute positions where the config has them."""
@@ -200,7 +215,8 @@ class Transformer(nnx.Module):
       x_BTD = self.norm_embed(x_BTD)
     return layers.dropout(x_BTD, cfg.dropout, key)
 
-  def context(self, view: View, position_BT, T: int, kernel: str, embed_BTD=None, key=None, taps=None) -> Context:
+  def context(self, view: View, position_BT, T: int, kernel: str, embed_BTD=None, key=None, taps=None,
+              training=False) -> Context:
     """The Context of a pass whose queries are at position_BT (None: 0..T-1)."""
     cfg = self.cfg
     rope = rope_local = None
@@ -209,7 +225,8 @@ class Transformer(nnx.Module):
       rope = layers.rope_table(cfg, position_BT, cfg.rope_base)
       if cfg.rope_base_local:
         rope_local = layers.rope_table(cfg, position_BT, cfg.rope_base_local, scaled=False)
-    return Context(view, kernel, rope, rope_local, embed_BTD if cfg.embedding_skips else None, key=key, taps=taps)
+    return Context(view, kernel, rope, rope_local, embed_BTD if cfg.embedding_skips else None, key=key, taps=taps,
+                   training=training)
 
   def encode(self, source_BS, source_segment_BS=None, key=None, kernel='xla'):
     """The encoder's output [B, S, D]: every source token sees every other of its segment."""
@@ -218,7 +235,7 @@ class Transformer(nnx.Module):
     x_BSD = self.embed(source_BS, None, key)
     view = View('bidirectional', segment_BT=source_segment_BS, key_segment_BS=source_segment_BS)
     context = self.context(view, None, source_BS.shape[1], kernel, key=key)
-    x_BSD = self._scan(x_BSD, context, [('encoder_blocks0', 0, cfg.encoder_layers)])
+    x_BSD, _ = self._scan(x_BSD, context, [('encoder_blocks0', 0, cfg.encoder_layers)])
     return self.norm_encoder(x_BSD) if cfg.norm_position != 'post' else x_BSD
 
   def logits(self, x_BTD):
@@ -236,33 +253,26 @@ class Transformer(nnx.Module):
       return shard(logits_BTV, 'BTV')
 
   def _scan(self, x_BTD, context: Context, names):
-    """Runs the stacks in order: one scan over the repeats of the window pattern, one over what is left."""
-    cfg, start = self.cfg, 0
+    """Runs the stacks in order: one scan over the repeats of the window pattern, one over what is left. Returns x_BTD
+    and {name: moe.statistics}, with a leading L."""
+    cfg, start, routed = self.cfg, 0, {}
     period = len({name for name, _, _ in names if not name.startswith('tail')})
     first_v_BTKH = None
     if cfg.value_skips and names[0][0] != 'encoder_blocks0':
-      B, T = x_BTD.shape[:2]
-      first_v_BTKH = jnp.zeros((B, T, cfg.kv_heads, cfg.head_dim), x_BTD.dtype)
+      first_v_BTKH = self.no_values(x_BTD)
     for group in (names[:period], names[period:]):
       if not group:
         continue
-      repeats = group[0][2]
-
-      def body(carry, xs, size=len(group)):   # noqa: B008  bound now, not at the next group
-        blocks, layer = xs
-        for i in range(size):
-          carry = carry_through(blocks[i], *carry, context, layer + i)
-        return carry, None
-
-      if cfg.remat != 'none':
-        policy = dict(full=None, dots=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)[cfg.remat]
-        body = jax.checkpoint(body, policy=policy, prevent_cse=cfg.unroll)
-      layer = start + len(group) * jnp.arange(repeats)
+      layer = start + len(group) * jnp.arange(group[0][2])
       stacked = tuple(getattr(self, name) for name, _, _ in group)
-      (x_BTD, first_v_BTKH), _ = jax.lax.scan(body, (x_BTD, first_v_BTKH), (stacked, layer),
-                                              unroll=repeats if cfg.unroll else 1)
-      start += len(group) * repeats
-    return x_BTD
+      (x_BTD, first_v_BTKH), statistics = run_stack(cfg, stacked, layer, (x_BTD, first_v_BTKH), context)
+      routed |= {name: of for (name, _, _), of in zip(group, statistics) if of is not None}
+      start += len(group) * group[0][2]
+    return x_BTD, routed
+
+  def no_values(self, x_BTD):
+    """What stands for the first layer's values before it."""
+    return jnp.zeros((*x_BTD.shape[:2], self.cfg.kv_heads, self.cfg.head_dim), x_BTD.dtype)
 
   def layers(self) -> list[Block]:
     """The decoder's blocks in order of depth, each with its own weights. Take them once, outside a decoding loop: a
@@ -280,7 +290,7 @@ class Transformer(nnx.Module):
     """Unstacked layers one after another -> x_BTD and, with a cache (list of (k, v, start_B)), its extension."""
     first_v, out = None, []
     for i, block in enumerate(blocks):
-      x_BTD, first_v, kv = block(x_BTD, first_v, context, i, None if cache is None else cache[i])
+      x_BTD, first_v, kv, _ = block(x_BTD, first_v, context, i, None if cache is None else cache[i])
       out.append(kv)
     return x_BTD, out
 
@@ -300,12 +310,26 @@ class Transformer(nnx.Module):
       context = dataclasses.replace(context, memory_BSD=memory[0],
                                     memory_view=memory_view(token_BT, None, memory[1]))
     x_BTD, cache = self.run_layers(blocks, x_BTD, context, [(k, v, start_B) for k, v in cache])
-    return (self.norm_final(x_BTD) if cfg.norm_position != 'post' else x_BTD), cache
+    return self.finish(x_BTD), cache
 
 
-def carry_through(block, x_BTD, first_v_BTKH, context, layer):
-  x_BTD, first_v_BTKH, _ = block(x_BTD, first_v_BTKH, context, layer)
-  return x_BTD, first_v_BTKH
+def run_stack(cfg: config_lib.Model, stacked, layer_L, carry, context: Context):
+  """One scan over layers: stacked is a tuple of blocks (one per position of the window pattern), each with a leading
+  L; layer_L the index of the first of each. carry: (x_BTD, first_v_BTKH). Returns carry, and a tuple of moe.statistics
+  (None for a dense model) with a leading L."""
+  def body(carry, xs):
+    blocks, layer = xs
+    routed = []
+    for i, block in enumerate(blocks):
+      x_BTD, first_v_BTKH, _, statistics = block(*carry, context, layer + i)
+      carry = x_BTD, first_v_BTKH
+      routed.append(statistics)
+    return carry, tuple(routed)
+
+  if cfg.remat != 'none':
+    policy = dict(full=None, dots=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)[cfg.remat]
+    body = jax.checkpoint(body, policy=policy, prevent_cse=cfg.unroll)
+  return jax.lax.scan(body, carry, (stacked, layer_L), unroll=len(layer_L) if cfg.unroll else 1)
 
 
 def memory_view(token_BT, segment_BT, source_segment_BS) -> View:
@@ -341,12 +365,13 @@ def init(cfg: config_lib.Model, key) -> dict:
 
 
 def bind(cfg: config_lib.Model, params: dict) -> Transformer:
-  """The model with these parameters: matrices in the compute dtype (cast once, before any gather), vectors as they are,
-  also those over several axes, such as the scale_NH of a norm over all heads."""
+  """The model with these parameters: matrices in the compute dtype (cast once, before any gather), vectors as they
+  are, also those over several axes, such as the scale_NH of a norm over all heads, and the router (arXiv 2101.03961,
+  2.4)."""
   dtype = jnp.dtype(compute_dtype(cfg.dtype))
   def cast(path, w):
     dims = dims_of(path).removeprefix('L')
-    return w.astype(dtype) if len(dims) > 1 and 'D' in dims else w
+    return w.astype(dtype) if len(dims) > 1 and 'D' in dims and dims != 'DE' else w
   return nnx.merge(definition(cfg), jax.tree_util.tree_map_with_path(cast, params))
 
 

@@ -19,7 +19,7 @@ from llm_jax.data import batches as batches_lib
 from llm_jax.data import prepare, store
 from llm_jax.data import tokenizer as tokenizer_lib
 from llm_jax.generate import sampling
-from llm_jax.models import attention, transformer
+from llm_jax.models import attention, pipeline, transformer
 from llm_jax.train import clock as clock_lib
 from llm_jax.train import metrics as metrics_lib
 from llm_jax.train import optimizer as optimizer_lib
@@ -42,7 +42,7 @@ def train(cfg: config_lib.Config, workdir: str, started: float | None = None) ->
   if cfg.mesh.distributed:
     sharding.initialize_hosts()
   mesh = sharding.make_mesh(cfg.mesh)
-  check_rows(cfg, mesh)
+  step_lib.check_rows(cfg, mesh)
   if cfg.log.compile_cache:
     jax.config.update('jax_compilation_cache_dir', str(store.cache_folder(cfg.data) / 'xla'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
@@ -51,19 +51,6 @@ def train(cfg: config_lib.Config, workdir: str, started: float | None = None) ->
       run.setup()
       run.loop()
       return run.finish()
-
-
-def check_rows(cfg: config_lib.Config, mesh) -> None:
-  """Batch rows must divide among microbatches and devices, and feed the model that is asked for."""
-  if cfg.model.encoder_layers:
-    raise ConfigError(f'config.model.encoder_layers: {cfg.model.encoder_layers}; training from text feeds a decoder '
-                      'alone; set it to 0 (an encoder-decoder trains through train.step, with source_BS in batches)')
-  ways = sharding.axis_size(mesh, sharding.ACT['B'])
-  for key, rows in (('train.batch_size', cfg.train.batch_size), ('eval.batch_size', eval_rows(cfg))):
-    parts = max(cfg.train.accumulate, 1) * ways if key == 'train.batch_size' else ways
-    if rows % parts:
-      raise ConfigError(f'config.{key}: {rows} rows do not divide among {parts} '
-                        f'(data x fsdp devices{" x microbatches" if parts != ways else ""})')
 
 
 def eval_rows(cfg: config_lib.Config) -> int:
@@ -76,6 +63,12 @@ def start_profile(folder) -> None:
   options = jax.profiler.ProfileOptions()
   options.python_tracer_level = 0
   jax.profiler.start_trace(str(folder), profiler_options=options)
+
+
+def one_at_a_time(result):
+  """On CPU devices, waits: programs that run at the same time there can wait for each other's collectives for ever."""
+  several = jax.default_backend() == 'cpu' and jax.device_count() > 1
+  return jax.block_until_ready(result) if several else result
 
 
 class Run:
@@ -124,7 +117,8 @@ class Run:
     self.check_prompts()
     dtype = attention.compute_dtype(self.model.dtype)
     self.kernel, self.kernel_reason = attention.choose(
-        self.model, jax.default_backend(), dtype, cfg.data.length, cfg.data.packing == 'pack')
+        self.model, jax.default_backend(), dtype, cfg.data.length, cfg.data.packing == 'pack',
+        self.mesh.shape['context'])
 
     self.microbatches = step_lib.microbatches(cfg, sharding.axis_size(self.mesh, sharding.ACT['B']))
     key = jax.random.key(cfg.train.seed)
@@ -241,6 +235,9 @@ class Run:
       return
     cfg, device = self.cfg, jax.devices()[0]
     mesh = ' x '.join(f'{n} {a}' for a, n in self.mesh.shape.items() if n > 1) or 'one device'
+    if (stages := self.mesh.shape['stage']) > 1:
+      idle = pipeline.bubble(stages, cfg.mesh.interleave, self.microbatches)
+      mesh += f', pipeline with {cfg.mesh.interleave} part(s) of the depth per stage, idle {idle:.1%} of the time'
     source = ' + '.join(s.label for s in self.stores.train)
     flops = metrics_lib.flops_per_token(self.model, cfg.data.length)
     lines = [
@@ -397,7 +394,7 @@ class Run:
       for held_out in self.evaluations:
         count = min(limit or len(held_out), len(held_out))
         chosen = [i * len(held_out) // count for i in range(count)]       # spread evenly over the text
-        part = [self.eval_step(params, sharding.put_batch(held_out[i], self.mesh)) for i in chosen]
+        part = [one_at_a_time(self.eval_step(params, sharding.put_batch(held_out[i], self.mesh))) for i in chosen]
         sums += part
         bits += sum(float(x['loss/ce']) for x in part) / math.log(2) * len(held_out) / count
       total = {name: math.fsum(float(x[name]) for x in sums) for name in sums[0]}

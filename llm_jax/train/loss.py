@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from llm_jax import config as config_lib
 from llm_jax.config import ConfigError
 
 
@@ -60,3 +61,15 @@ def chunked_cross_entropy(x_BTD: jax.Array, logits_fn: Callable[[jax.Array], jax
   start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, *(a[:, :chunk] for a in (
       x_BTD, target_BT, mask_BT))))
   return jax.lax.scan(body, start, (split(x_BTD), split(target_BT), split(mask_BT)))[0]
+
+
+def router_losses(train: config_lib.Train, routed: dict, tokens: jax.Array) -> tuple[jax.Array, dict]:
+  """(loss, sums) of the routers of one microbatch, each times its target tokens, so that microbatches add up as their
+  tokens do. routed: {stack: moe.statistics, with a leading L}. sums: router/balance, router/z and router/dropped, means
+  over layers; load: {stack: load_LE}."""
+  over_layers = lambda name: jnp.concatenate([of[name] for of in routed.values()])
+  balance_L, z_L = over_layers('balance'), over_layers('z')
+  loss = tokens * (train.balance_loss * balance_L.sum() + train.router_z_loss * z_L.sum())
+  return loss, {'router/balance': tokens * balance_L.mean(), 'router/z': tokens * z_L.mean(),
+                'router/dropped': tokens * over_layers('dropped').mean(),
+                'load': {stack: of['load_E'] for stack, of in routed.items()}}

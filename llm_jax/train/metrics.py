@@ -25,23 +25,12 @@ import numpy as np
 from jax.sharding import AxisType
 
 from llm_jax import config as config_lib
+from llm_jax import hardware
 from llm_jax.config import ConfigError
 from llm_jax.train import clock as clock_lib
 
 MFU_CONVENTION = ('MFU = tokens/s x training FLOPs per token / peak FLOP/s; forward + backward = 3 x forward, matrix '
                   'products only, attention over the keys each query may see (causal), recomputation not counted')
-
-# device_kind pattern, bf16 dense TFLOP/s, watts; both per JAX device: half a chip on TPU v2, v3 and 7x. FLOP/s are the
-# vendors' data sheets (T4 and V100: f16). Watts are board limits; TPU v2-v4 from arXiv 2304.01433, newer TPUs guesses.
-DEVICES = (
-    ('TPU v2', 22.5, 140), ('TPU v3', 61.5, 225), ('TPU v4 lite', 137, 175), ('TPU v4', 275, 192),
-    ('TPU v5( lite|e)', 197, 200), ('TPU v5p?', 459, 400), ('TPU v6( lite|e)', 918, 350), ('TPU7x?', 1153.5, 500),
-    ('V100', 125, 300), ('T4', 65, 70), ('A10G', 70, 300), ('A10', 125, 150), ('A40', 149.7, 300), ('A100', 312, 400),
-    ('L4', 121, 72), ('L40S', 362, 350), ('H100 NVL', 835, 400), ('H100 PCIe', 756, 350), ('H100', 989, 700),
-    ('H200 NVL', 835, 600), ('H200', 989, 700), ('GH200', 989, 700), ('B200', 2250, 1000), ('GB200', 2500, 1200),
-    ('RTX 3090', 71, 350), ('RTX 4090', 165.2, 450), ('RTX 5090', 209.5, 575), ('RTX A6000', 154.8, 300),
-    ('RTX 6000 Ada', 364, 300))
-
 
 class Peak(NamedTuple):
   flops: float   # FLOP/s of one device
@@ -51,16 +40,17 @@ class Peak(NamedTuple):
 def flops_per_token(model: config_lib.Model, length: int) -> dict[str, float]:
   """Training FLOPs per token, forward + backward, of a derived config.Model at `length` tokens per sequence.
 
-  'matmul': 6 x the parameters of matrix products (unembedding in, embedding lookup out). 'attention_full': 12 N H keys
-  per layer with every key of the sequence or of the window (PaLM, arXiv 2204.02311 B); 'attention_causal': only the
-  keys a query may see, a mean of (length + 1) / 2 without a window. 'full', 'causal': the two sums. Bidirectional
-  attention sees all, so there the two are equal; prefix attention counts as causal. An encoder-decoder counts
-  both sides per target token, for a source as long as the target.
+  'matmul': 6 x the parameters of matrix products (unembedding in, embedding lookup out; of the experts, those
+  chosen). 'attention_full': 12 N H keys per layer with every key of the sequence or of the window (PaLM, arXiv
+  2204.02311 B); 'attention_causal': only the keys a query may see, a mean of (length + 1) / 2
+  without a window. 'full', 'causal': the two sums. Bidirectional attention sees all, so there the two are equal; prefix
+  attention counts as causal. An encoder-decoder counts both sides per target token, for a source as long as the target.
   """
   m = model
   heads = m.heads * m.head_dim
   projections = 2 * m.width * heads + 2 * m.width * m.kv_heads * m.head_dim
-  layer = projections + m.width * m.mlp_dim * (3 if m.mlp in ('geglu', 'swiglu') else 2)
+  hidden = m.expert_dim * (m.experts_per_token + m.shared_experts) if m.experts else m.mlp_dim
+  layer = projections + m.width * (hidden * (3 if m.mlp in ('geglu', 'swiglu') else 2) + m.experts)
   cross = m.layers * projections if m.encoder_layers else 0
   matmul = 6 * ((m.layers + m.encoder_layers) * layer + cross + m.width * m.vocab_size)
   windows = [m.windows[i % len(m.windows)] for i in range(m.layers)]
@@ -82,19 +72,16 @@ def _mean_keys(length, window, bidirectional):
 
 
 def peak_flops(device=None) -> Peak:
-  """Peak bf16 dense FLOP/s of one device by its device_kind. A device not in DEVICES, such as any CPU, is measured for
-  0.3 s: the best of a square matmul, f32 on CPU and bf16 elsewhere; virtual CPU devices share the machine's figure."""
+  """Peak bf16 dense FLOP/s of one device by its device_kind. A device not in hardware.CHIPS, such as any CPU, is
+  measured for 0.3 s: the best of a square matmul, f32 on CPU and bf16 elsewhere; virtual CPU devices share the
+  machine's figure."""
   device = jax.local_devices()[0] if device is None else device
-  if known := _known(device.device_kind):
-    return Peak(known[1] * 1e12, f'{device.device_kind}: {known[1]:g} TFLOP/s bf16 dense, data sheet')
+  if chip := hardware.known(device.device_kind):
+    return Peak(chip.flops, f'{device.device_kind}: {chip.flops / 1e12:g} TFLOP/s bf16 dense, data sheet')
   flops, name = _measured(device)
   if device.platform == 'cpu':
     flops /= jax.local_device_count(backend='cpu')
   return Peak(flops, f'{device.device_kind}: {flops / 1e12:.3g} TFLOP/s, measured here with a {name} matmul')
-
-
-def _known(kind):
-  return next((d for d in DEVICES if re.search(rf'(?<!\w)(?:{d[0]})(?!\w)', kind)), None)
 
 
 @functools.cache
@@ -133,7 +120,7 @@ def memory_gb() -> float:
 
 class Energy:
   """Electric energy and CO2e of a run: power x time. NVIDIA GPUs are asked for their power every `every` seconds
-  (NVML, by nvidia-smi, in a thread); elsewhere watts are assumed: DEVICES, or cores x log.cpu_watts_per_core."""
+  (NVML, by nvidia-smi, in a thread); elsewhere watts are assumed: hardware.CHIPS, or cores x log.cpu_watts_per_core."""
 
   def __init__(self, log: config_lib.Log, every: float = 10.0):
     self.log = log
@@ -163,8 +150,8 @@ class Energy:
       watts = jax.process_count() * cores * self.log.cpu_watts_per_core
       how = f'{cores} cores x {self.log.cpu_watts_per_core:g} W assumed (log.cpu_watts_per_core), not measured'
     else:
-      known = _known(device.device_kind)
-      watts = n * (known[2] if known else 300.0)
+      chip = hardware.known(device.device_kind)
+      watts = n * (chip.watts if chip else 300.0)
       how = f'{n} x {device.device_kind} x {watts / n:g} W assumed, not measured; host not included'
     kwh = watts * seconds / 3.6e6
     how += f'; {self.log.co2_kg_per_kwh:g} kg CO2e per kWh assumed (log.co2_kg_per_kwh); cooling not included'

@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from llm_jax import config as config_lib
 from llm_jax import sharding
-from llm_jax.models import transformer
+from llm_jax.config import ConfigError
+from llm_jax.models import moe, pipeline, transformer
 from llm_jax.train import loss as loss_lib
 from llm_jax.train import optimizer as optimizer_lib
 
@@ -32,6 +33,20 @@ def init_state(cfg: config_lib.Config, model: config_lib.Model, tx: optax.Gradie
   return state
 
 
+def check_rows(cfg: config_lib.Config, mesh) -> None:
+  """Raises ConfigError where batch rows do not divide among microbatches and devices, or do not feed the model."""
+  if cfg.model.encoder_layers:
+    raise ConfigError(f'config.model.encoder_layers: {cfg.model.encoder_layers}; training from text feeds a decoder '
+                      'alone; set it to 0 (an encoder-decoder trains through train.step, with source_BS in batches)')
+  ways, stages = sharding.axis_size(mesh, sharding.ACT['B']), mesh.shape['stage']
+  pipeline.check(cfg.model, stages, cfg.mesh.interleave, cfg.train.accumulate)
+  for key, rows, times in (('train.batch_size', cfg.train.batch_size, max(cfg.train.accumulate, 1)),
+                           ('eval.batch_size', cfg.eval.batch_size or cfg.train.batch_size, stages)):
+    if rows % (times * ways):
+      raise ConfigError(f'config.{key}: {rows} rows do not divide among {times * ways} (data x fsdp x expert devices'
+                        f'{" x microbatches" if times > 1 else ""}); set it to a multiple of {times * ways}')
+
+
 def state_shardings(state, tx, mesh):
   """NamedShardings of an (abstract) state: parameters by their letters, moments as their parameters."""
   params = sharding.param_specs(state['params'], mesh)
@@ -45,7 +60,42 @@ def loss_sums(cfg: config_lib.Config, model: config_lib.Model, kernel: str, para
   """Sum over a batch of the loss to minimise, and the sums behind the metrics (float32 scalars), with 'tokens'."""
   bound = transformer.bind(model, params)
   inputs = {name: batch[name] for name in INPUTS if name in batch}
-  x_BTD = bound.hidden(batch['token_BT'], key=key, kernel=kernel, **inputs)
+  x_BTD, routed = bound.forward(batch['token_BT'], key=key, kernel=kernel, training=training, **inputs)
+  loss, sums = token_loss(cfg, bound, x_BTD, batch, training)
+  if training and routed:
+    router_loss, router_sums = loss_lib.router_losses(cfg.train, routed, sums['tokens'])
+    return loss + router_loss, sums | router_sums
+  return loss, sums
+
+
+def pipelined_sums(cfg: config_lib.Config, model: config_lib.Model, kernel: str, params, batch, microbatches: int,
+                   key=None, training: bool = True):
+  """`loss_sums` of a batch whose microbatches pass through the stages of a pipeline; embedding and loss are split among
+  the stages too, by microbatches."""
+  bound = transformer.bind(model, params)
+  micros = {name: split_rows(x, microbatches) for name, x in batch.items()}
+  key_M = None if key is None else jax.vmap(lambda i: _fold(key, i))(jnp.arange(microbatches))
+  tokens_M = micros['mask_BT'].sum((1, 2), dtype=jnp.float32)
+  inputs = {name: micros[name] for name in ('token_BT', *INPUTS) if name in micros} | dict(weight_M=tokens_M)
+  x_MBTD, routed = pipeline.forward(bound, inputs, key_M, kernel, training, cfg.mesh.interleave)
+
+  stages = sharding.ways('stage')
+  one = lambda x_BTD, micro: token_loss(cfg, bound, bound.finish(x_BTD), micro, training)
+
+  def add(_, xs):
+    return None, jax.vmap(one, spmd_axis_name='stage')(*xs)
+
+  targets = {name: micros[name] for name in ('target_BT', 'mask_BT')}
+  turns = jax.tree.map(lambda x: x.reshape(stages, -1, *x.shape[1:]).swapaxes(0, 1), (x_MBTD, targets))
+  loss, sums = jax.tree.map(jnp.sum, jax.lax.scan(add, None, turns)[1])
+  if training and routed:
+    router_loss, router_sums = loss_lib.router_losses(cfg.train, routed, 1.0)
+    return loss + router_loss, sums | router_sums
+  return loss, sums
+
+
+def token_loss(cfg: config_lib.Config, bound, x_BTD, batch, training: bool):
+  """The cross-entropy of a batch's targets from final hidden states: (loss, sums)."""
   z_loss, smoothing = (cfg.train.z_loss, cfg.train.label_smoothing) if training else (0.0, 0.0)
   target_BT, mask_BT = batch['target_BT'], batch['mask_BT']
   with jax.named_scope('loss'):
@@ -55,17 +105,20 @@ def loss_sums(cfg: config_lib.Config, model: config_lib.Model, kernel: str, para
     return loss_lib.cross_entropy(bound.logits(x_BTD), target_BT, mask_BT, z_loss, smoothing)
 
 
-def compiler_options() -> dict | None:
-  """Options to compile a step with: on a CPU, XLA keeps layers.settle's barriers until after fusion."""
-  return {'xla_disable_hlo_passes': 'cse_barrier_expander'} if jax.default_backend() == 'cpu' else None
+def compiler_options(platform: str = '') -> dict | None:
+  """Options to compile a step with (platform: default, this one): on a CPU, XLA keeps layers.settle's barriers until
+  after fusion."""
+  on_cpu = (platform or jax.default_backend()) == 'cpu'
+  return {'xla_disable_hlo_passes': 'cse_barrier_expander'} if on_cpu else None
 
 
-def microbatches(cfg: config_lib.Config, ways: int) -> int:
+def microbatches(cfg: config_lib.Config, ways: int, platform: str = '') -> int:
   """train.accumulate, or where it is 0 what is fastest here: on a CPU, the fewest microbatches of at most 1,024 tokens
   per device, whose activations stay in its caches; elsewhere one. Also one with dropout, whose masks depend on the
-  number: a mesh must not change them. ways: devices that split the rows."""
+  number: a mesh must not change them; nor with experts, whose balance and capacity are a microbatch's. ways: devices
+  that split the rows."""
   train = cfg.train
-  if train.accumulate or cfg.model.dropout or jax.default_backend() != 'cpu':
+  if train.accumulate or cfg.model.dropout or cfg.model.experts or (platform or jax.default_backend()) != 'cpu':
     return train.accumulate or 1
   rows = train.batch_size // ways
   return next(n for n in range(1, rows + 1)
@@ -75,8 +128,10 @@ def microbatches(cfg: config_lib.Config, ways: int) -> int:
 def make_train_step(cfg: config_lib.Config, model: config_lib.Model, tx: optax.GradientTransformation, kernel: str,
                     accumulate: int = 0):
   """train_step(state, batch) -> (state, metrics). Metrics are float32 scalars: loss/train (mean nats per token, without
-  smoothing), loss/z, accuracy, grads/norm, optimizer/learning_rate, tokens, step/skipped[, step/spike]. accumulate:
-  microbatches, from `microbatches`; 0: cfg.train.accumulate."""
+  smoothing), loss/z, accuracy, grads/norm, optimizer/learning_rate, tokens, step/skipped[, step/spike], and for
+  experts router/balance, router/z (without their weights), router/dropped (share of assignments) and router/max_load
+  (of the busiest expert of any layer, in equal shares). accumulate: microbatches, from `microbatches`; 0:
+  cfg.train.accumulate."""
   accumulate = accumulate or cfg.train.accumulate or 1
 
   def grads_of(params, batch, key):
@@ -87,6 +142,11 @@ def make_train_step(cfg: config_lib.Config, model: config_lib.Model, tx: optax.G
 
     tokens = jnp.maximum(batch['mask_BT'].sum(dtype=jnp.float32), 1)
     grad = jax.grad(loss, has_aux=True)
+    if sharding.ways('stage') > 1:
+      def loss_of_all(params):
+        total, sums = pipelined_sums(cfg, model, kernel, params, batch, accumulate, key)
+        return total / tokens, sums
+      return jax.grad(loss_of_all, has_aux=True)(params)
     if accumulate == 1:
       return grad(params, batch, _fold(key, 0))
     micros = {name: split_rows(x, accumulate) for name, x in batch.items()}
@@ -115,6 +175,8 @@ def make_train_step(cfg: config_lib.Config, model: config_lib.Model, tx: optax.G
       new = dict(params=jax.tree.map(lambda p, u: p + factor * u, params, updates), opt_state=opt_state)
       if 'ema' in state:
         new['ema'] = optimizer_lib.ema_update(state['ema'], new['params'], cfg.train.ema, state['step'])
+      if model.router_bias:
+        new['params'] = move_biases(new['params'], sums['load'], cfg.train.router_bias_rate)
     tokens = jnp.maximum(sums['tokens'], 1)
     loss = sums['loss/ce'] / tokens
     ok = jnp.isfinite(loss) & jnp.isfinite(norm) & (sums['tokens'] > 0)
@@ -128,9 +190,21 @@ def make_train_step(cfg: config_lib.Config, model: config_lib.Model, tx: optax.G
                'optimizer/learning_rate': factor * cfg.optimizer.learning_rate, 'step/skipped': 1.0 - ok}
     if 'losses' in state:
       metrics['step/spike'] = jnp.float32(spike)
+    if 'load' in sums:
+      loads = [load_LE / load_LE.mean(1, keepdims=True) for load_LE in sums['load'].values()]
+      metrics |= {'router/balance': sums['router/balance'] / tokens, 'router/z': sums['router/z'] / tokens,
+                  'router/dropped': sums['router/dropped'] / tokens,
+                  'router/max_load': jnp.stack([load_LE.max() for load_LE in loads]).max()}
     return dict(step=state['step'] + 1, horizon=state['horizon'], **new), metrics
 
   return train_step
+
+
+def move_biases(params, loads, rate: float):
+  """Parameters with the routers' biases moved by what each stack of layers loaded its experts with."""
+  return params | {name: params[name] | {'mlp': params[name]['mlp'] | {
+      'router_bias_E': moe.balance_bias(params[name]['mlp']['router_bias_E'], load_LE, rate)}}
+                   for name, load_LE in loads.items()}
 
 
 def is_spike(loss, recent, sigmas: float):
@@ -141,7 +215,11 @@ def is_spike(loss, recent, sigmas: float):
 
 def make_eval_step(cfg: config_lib.Config, model: config_lib.Model, kernel: str):
   """eval_step(params, batch) -> sums {'loss/ce' nats, 'accuracy', 'tokens'} over the batch."""
-  return lambda params, batch: loss_sums(cfg, model, kernel, params, batch, training=False)[1]
+  def eval_step(params, batch):
+    if (stages := sharding.ways('stage')) > 1:
+      return pipelined_sums(cfg, model, kernel, params, batch, stages, training=False)[1]
+    return loss_sums(cfg, model, kernel, params, batch, training=False)[1]
+  return eval_step
 
 
 def split_rows(x, parts: int):

@@ -1,0 +1,129 @@
+"""Does a config fit a machine that is not here, how fast could it be, and what should be changed?
+
+  python -m llm_jax.plan --config=configs/llama3_8b.py --topology=v5e:16x16 [--config.group.key=value ...]
+
+Compiles the training step for the topology (extra `plan` for TPUs; nothing runs on a device) and prints bytes per
+device by category, FLOPs, what is sent along which axis, a roofline, and the best other mesh, remat, accumulation or
+batch that the compiler confirms.
+
+--topology=NAME   v5e:16x16 (or v5e-256), v5p-128, h100:64, cpu:8, ...; an unknown one lists those that are known
+--slices=N        slices of that TPU topology (default 1)
+--tries=N         other configs to compile at most (default 2; 0: only the given one)
+--debug           full tracebacks
+"""
+import os
+import sys
+
+from llm_jax import config as config_lib
+from llm_jax.config import ConfigError
+
+GIB = 2**30
+
+
+def parse(argv: list[str]):
+  """(Config, flags). Raises ConfigError."""
+  cfg, flags = config_lib.from_flags(argv, dict(topology=None, slices='1', tries='2', debug=False))
+  for name in ('slices', 'tries'):
+    if not flags[name].isdecimal() or name == 'slices' and flags[name] == '0':
+      raise ConfigError(f'--{name}: expected a number, got {flags[name]!r}')
+  if not flags['topology']:
+    raise ConfigError('--topology: expected a machine, such as v5e:16x16, v5p-128, h100:64 or cpu:8')
+  return cfg, flags
+
+
+def main(argv: list[str]) -> int:
+  """Exit status 0: the config fits; 1: it does not; 2: it cannot be compiled."""
+  if '--help' in argv or '-h' in argv:
+    print(__doc__)
+    return 0
+  with config_lib.one_line_errors('--debug' in argv):
+    cfg, flags = parse(argv)
+    from llm_jax import hardware
+    topology = hardware.topology(flags['topology'])
+    if topology.platform == 'tpu':
+      os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+    from llm_jax.planner import program, search
+    machine = program.machine(topology, int(flags['slices']))
+    print(f'compiling for {_describe(machine)} ...', flush=True)
+    found = program.compile_step(cfg, machine)
+    print(report(found), flush=True)
+    better = None
+    if int(flags['tries']):
+      better = improve(found, int(flags['tries']), search, program)
+    if found.fits:
+      return 0
+    nearest = f'; nearest that fits: {_changes(found.cfg, better.cfg)}' if better else ''
+    print(f'error: out of memory: {topology.name} has {machine.chip.memory / GIB:.2f} GiB per device, this config '
+          f'needs {found.bytes / GIB:.2f} GiB{nearest}', file=sys.stderr)
+    return 1
+
+
+def improve(found, tries: int, search, program):
+  """Compiles the best candidates and prints the first that the compiler confirms; returns it, or None."""
+  limit = 0.95 * (found.machine.chip.memory or float('inf'))
+  ranked = [e for e in search.rank(found, limit) if not _same(e.cfg, found)]
+  print('\nwhat to change')
+  for guess in ranked[:tries]:
+    try:
+      other = program.compile_step(guess.cfg, found.machine)
+    except ConfigError as e:
+      print(f'  refused: {_changes(found.cfg, guess.cfg)}: {e}', flush=True)
+      continue
+    speed = lambda p: p.tokens / p.step()[0]
+    if other.fits and (not found.fits or speed(other) > 1.02 * speed(found)):
+      print(f'  {_changes(found.cfg, guess.cfg)}\n  because: {search.reason(found, other)}; predicted MFU '
+            f'{other.mfu():.1%} (compiled in {other.seconds:.0f} s)', flush=True)
+      return other
+    why = (f'needs {other.bytes / GIB:.2f} GiB' if not other.fits else
+           f'{speed(other) / speed(found):.2f}x the tokens/s once compiled')
+    print(f'  not better: {_changes(found.cfg, guess.cfg)}: {why}', flush=True)
+  print('  nothing: ' + ('no other mesh, remat, accumulation or batch is faster' if found.fits else
+                         'no mesh, remat, accumulation or batch fits; take more devices'))
+  return None
+
+
+def report(p) -> str:
+  """The printed page of a Program."""
+  seconds, binding = p.step()
+  devices, chip = len(p.machine.devices), p.machine.chip
+  mesh = ' x '.join(f'{n} {axis}' for axis, n in p.mesh.items() if n > 1) or 'one device'
+  verdict = 'fits' if p.fits else 'DOES NOT FIT'
+  limit = f'of {chip.memory / GIB:.2f} GiB: {verdict}' if chip.memory else '(no limit known)'
+  lines = [
+      f'machine    {_describe(p.machine)}',
+      f'mesh       {mesh}; {p.microbatches} microbatch(es) of {p.cfg.train.batch_size // p.microbatches} x '
+      f'{p.cfg.data.length} tokens; attention {p.kernel}, {p.model.dtype}, remat {p.model.remat}',
+      f'model      {p.parameters:,} parameters, {p.model_flops * p.tokens:.3e} FLOPs per step by the MFU convention',
+      f'compiled   in {p.seconds:.0f} s', '',
+      f'memory     {p.bytes / GIB:.2f} GiB per device {limit}']
+  lines += [f'  {name:<14}{size / GIB:8.3f} GiB' for name, size in p.memory.items()]
+  lines += ['', f'work       {p.flops:.3e} FLOPs per device and step, {p.cost.bytes / 1e9:.1f} GB of memory traffic'
+            + (f' ({p.cost.unknown_loops} loops of unknown length counted once)' if p.cost.unknown_loops else '')]
+  lines += [f'  {c.kind:<18} along {"+".join(c.axes):<14}{c.bytes / 1e9:9.3f} GB sent, {c.count:.0f} times'
+            for c in p.cost.collectives if c.bytes >= 1e5]
+  lines += ['', f'roofline   {seconds:.4f} s per step at least, bound by {binding}']
+  lines += [f'  {name:<34}{t:9.4f} s' for name, t in sorted(p.times().items(), key=lambda kv: -kv[1])]
+  lines += [f'predicted  at most {p.tokens / seconds / devices:,.0f} tokens/s per device, MFU {p.mfu():.1%}']
+  if p.machine.stand_in:
+    lines += ['note       compiled for as many CPU devices: mesh, FLOPs and what is sent are those of the GPUs; '
+              'temporaries are an upper estimate (no flash attention, bfloat16 partly as float32)']
+  return '\n'.join(lines)
+
+
+def _describe(machine):
+  slices = f'{machine.slices} slices of ' if machine.slices > 1 else ''
+  return f'{slices}{machine.topology.name}: {len(machine.devices)} devices'
+
+
+def _changes(old, new) -> str:
+  return ' '.join(f'--config.{key}={after}' for key, (_, after) in config_lib.diff(old, new).items())
+
+
+def _same(cfg, found):
+  sizes = {axis: getattr(cfg.mesh, axis) for axis in found.mesh}
+  rest = lambda c: (c.model.remat, c.train.batch_size, max(c.train.accumulate, 1))
+  return sizes == found.mesh and rest(cfg) == rest(found.cfg)
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,267 @@
+"""A config's training step, compiled for a machine that need not be here, and what the compiler says of it.
+
+TPU programs are real ones: libtpu compiles for its topologies on any machine. A GPU's are stood in for by a CPU program
+partitioned over as many virtual devices, unless the GPUs are here.
+"""
+import dataclasses
+import functools
+import math
+import os
+import time
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from llm_jax import config as config_lib
+from llm_jax import hardware, hlo, sharding
+from llm_jax.config import ConfigError
+from llm_jax.hardware import Topology
+from llm_jax.models import attention, transformer
+from llm_jax.train import metrics
+from llm_jax.train import optimizer as optimizer_lib
+from llm_jax.train import step as step_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+  """Devices to compile for. stand_in: they are CPU devices in the place of GPUs."""
+  topology: Topology
+  devices: tuple
+  slices: int
+  chip: hardware.Chip
+  stand_in: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A compiled step. Bytes and FLOPs are of one device and step."""
+  cfg: config_lib.Config
+  model: config_lib.Model              # derived
+  machine: Machine
+  mesh: dict[str, int]
+  microbatches: int
+  kernel: str
+  parameters: int
+  memory: dict[str, float]             # by category
+  cost: hlo.Cost
+  flops: float                         # cost.flops, and those of attention kernels that do not tell theirs
+  model_flops: float                   # per token, as in MFU
+  spans: dict[tuple, tuple[float, str]]     # mesh axes of a collective -> (bytes/s of a device, network)
+  seconds: float                       # to trace, lower and compile
+
+  @property
+  def bytes(self) -> float:
+    return sum(self.memory.values())
+
+  @property
+  def fits(self) -> bool:
+    return not self.machine.chip.memory or self.bytes <= self.machine.chip.memory
+
+  @property
+  def tokens(self) -> int:
+    return self.cfg.train.batch_size * self.cfg.data.length
+
+  def times(self) -> dict[str, float]:
+    """Seconds that each resource needs for a step, if it did nothing else and never waited. A stage of a pipeline
+    computes in its idle ticks too, so they are among the products."""
+    chip = self.machine.chip
+    out = {'matrix products': self.flops / chip.flops}
+    if chip.bandwidth:
+      out['memory bandwidth'] = self.cost.bytes / chip.bandwidth
+    for collective in self.cost.collectives:
+      speed, network = self.spans.get(collective.axes, (0.0, ''))
+      if speed:
+        name = f'{network} along {"+".join(collective.axes)}'
+        out[name] = out.get(name, 0.0) + collective.bytes / speed
+    return out
+
+  def step(self) -> tuple[float, str]:
+    """(seconds, what binds): the roofline (Williams et al. 2009), where all else hides behind the slowest resource."""
+    times = self.times()
+    binding = max(times, key=times.get)
+    return times[binding], binding
+
+  def mfu(self) -> float:
+    seconds, _ = self.step()
+    return metrics.mfu(self.tokens / seconds, self.model_flops, self.machine.chip.flops * len(self.machine.devices))
+
+
+def machine(topology: Topology, slices: int = 1) -> Machine:
+  """The devices of a topology. Must be called before JAX has started its backend. Raises ConfigError."""
+  if topology.platform == 'tpu':
+    return _tpu(topology, slices)
+  if slices > 1:
+    raise ConfigError(f'--slices: {topology.name} has none; leave it out')
+  if topology.platform == 'gpu' and jax.default_backend() == 'gpu' and jax.device_count() >= topology.devices and (
+      hardware.known(jax.devices()[0].device_kind) == topology.chip):
+    return Machine(topology, tuple(jax.devices()[:topology.devices]), 1, topology.chip)
+  try:
+    jax.config.update('jax_num_cpu_devices', topology.devices)
+  except RuntimeError:
+    pass                                                     # it runs already, as in tests
+  devices = jax.devices('cpu')
+  if len(devices) < topology.devices:
+    raise ConfigError(f'--topology: {topology.name} needs {topology.devices} virtual CPU devices, this process has '
+                      f'{len(devices)}; call plan in a process of its own')
+  devices = tuple(devices[:topology.devices])
+  return Machine(topology, devices, 1, topology.chip or measured(devices), stand_in=topology.platform == 'gpu')
+
+
+def _tpu(topology, slices):
+  # Without these libtpu asks Google's metadata server, and waits.
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+  os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-16')
+  os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+  try:
+    import libtpu  # noqa: F401
+  except ImportError as e:
+    raise ConfigError(f"--topology: {topology.name} is compiled by libtpu; pip install '.[plan]'") from e
+  from jax.experimental import topologies
+  extra = {'num_slices': slices} if slices > 1 else {}
+  try:
+    found = topologies.get_topology_desc(platform='tpu', topology_name=topology.name, **extra)
+  except Exception as e:                                     # whatever libtpu raises
+    raise ConfigError(f'--topology: libtpu refuses {topology.name}: {" ".join(str(e).split())[:200]}') from e
+  return Machine(topology, tuple(found.devices), slices, topology.chip)
+
+
+def measured(devices) -> hardware.Chip:
+  """This CPU, each virtual device with its share: the best of a matrix product, and of a copy."""
+  share = len(jax.devices('cpu'))
+  a = np.ones(2**26, np.uint8)
+  best = min(_copy_seconds(a) for _ in range(5))
+  return hardware.Chip('CPU', metrics.peak_flops(devices[0]).flops, 0, bandwidth=2 * a.nbytes / best / share)
+
+
+def _copy_seconds(a):
+  start = time.perf_counter()
+  a.copy()
+  return time.perf_counter() - start
+
+
+def compile_step(cfg: config_lib.Config, machine: Machine) -> Program:
+  """Compiles the step of a config as the training loop would. Raises ConfigError as the loop would, and for more
+  memory than the compiler can plan for."""
+  start = time.monotonic()
+  platform = machine.topology.platform
+  mesh = sharding.make_mesh(cfg.mesh, machine.devices)
+  step_lib.check_rows(cfg, mesh)
+  model = model_of(cfg, platform)
+  compiled_for = 'cpu' if machine.stand_in else platform
+  kernel, _ = attention.choose(model, compiled_for, model.dtype, cfg.data.length, cfg.data.packing == 'pack',
+                               mesh.shape['context'])
+  microbatches = step_lib.microbatches(cfg, sharding.axis_size(mesh, sharding.ACT['B']), platform)
+  state, shardings, tx = abstract_state(cfg, model, mesh)
+  step = step_lib.make_train_step(cfg, model, tx, kernel, microbatches)
+  with jax.set_mesh(mesh):
+    traced = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).trace(state, abstract_batch(cfg, mesh))
+    try:
+      compiled = traced.lower().compile(step_lib.compiler_options(compiled_for))
+    except jax.errors.JaxRuntimeError as e:
+      raise ConfigError(f'{machine.topology.name}: {_reason(e)}') from e
+  cost = hlo.count(compiled.as_text(), dict(mesh.shape))
+  flops = metrics.flops_per_token(model, cfg.data.length)
+  return Program(
+      cfg, model, machine, dict(mesh.shape), microbatches, kernel, transformer.count(state['params']),
+      categories(compiled, state, traced.jaxpr, model, mesh), cost,
+      cost.flops + _kernel_flops(cost, flops, cfg, model, len(machine.devices)), flops['causal'],
+      {c.axes: span(machine, mesh, c.axes) for c in cost.collectives}, time.monotonic() - start)
+
+
+def _reason(e):
+  text = ' '.join(str(e).split())
+  at = text.find('Ran out of memory')
+  return text[max(at, 0):][:240]
+
+
+def model_of(cfg: config_lib.Config, platform: str) -> config_lib.Model:
+  """The derived model, in the dtype it would have there. Raises ConfigError where the data would have to tell V."""
+  size = dict(byte=274, sentencepiece=cfg.tokenizer.vocab_size).get(cfg.tokenizer.kind, 0)
+  if not cfg.model.vocab_size and not size:
+    raise ConfigError(f'config.model.vocab_size: a {cfg.tokenizer.kind} tokenizer is not read for a plan; set it')
+  model = config_lib.derive(cfg.model, size, cfg.data.length)
+  auto = 'float32' if platform == 'cpu' else 'bfloat16'
+  return dataclasses.replace(model, dtype=auto if model.dtype == 'auto' else model.dtype)
+
+
+def abstract_state(cfg, model, mesh):
+  """(state as ShapeDtypeStructs with shardings, shardings, optimizer); mesh: a Mesh or an AbstractMesh."""
+  key = jax.random.key(0)
+  tx = optimizer_lib.make(cfg.optimizer, jax.eval_shape(functools.partial(transformer.init, model), key))
+  state = jax.eval_shape(lambda key: step_lib.init_state(cfg, model, tx, key), key)
+  shardings = step_lib.state_shardings(state, tx, mesh)
+  return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings), shardings, tx
+
+
+def abstract_batch(cfg, mesh):
+  """What data/batches.py would give: the arrays of the objective and of packing."""
+  names = dict(token_BT='int32', target_BT='int32', mask_BT='float32')
+  if cfg.data.packing == 'pack':
+    names |= dict(position_BT='int32', segment_BT='int32')
+  if cfg.train.objective in ('prefix', 'span'):
+    names |= dict(prefix_BT='bool')
+  rows = NamedSharding(mesh, sharding.spec('BT', sharding.ACT))
+  shape = cfg.train.batch_size, cfg.data.length
+  return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in names.items()}
+
+
+def shard_bytes(tree) -> float:
+  """Bytes on one device of ShapeDtypeStructs with shardings."""
+  return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+
+
+def categories(compiled, state, jaxpr, model, mesh) -> dict[str, float]:
+  """Bytes of one device by what they are for. Parameters, moments and the total are exact; gradients are as large as
+  their parameters, what the backward pass keeps is read from the traced program, and the rest is temporary."""
+  found = compiled.memory_analysis()
+  parameters, everything = shard_bytes(state['params']), shard_bytes(state)
+  rest = found.temp_size_in_bytes + max(found.output_size_in_bytes - found.alias_size_in_bytes, 0)
+  gradients = min(parameters, rest)
+  ways = sharding.axis_size(mesh, sharding.ACT['B']) * mesh.shape['context']
+  kept = min(kept_bytes(jaxpr, {repeats for _, _, repeats in transformer.stacks(model)}) / ways, rest - gradients)
+  return {'parameters': parameters, 'moments': everything - parameters,
+          'batch': max(found.argument_size_in_bytes - everything, 0.0), 'gradients': gradients, 'activations': kept,
+          'temporaries': rest - gradients - kept}
+
+
+def kept_bytes(jaxpr, lengths) -> float:
+  """Bytes that the forward scans over layers (of these lengths) stack up for the backward pass, on all devices."""
+  total = 0.0
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == 'scan' and not eqn.params['reverse']:
+      stacked = eqn.outvars[eqn.params['num_carry']:]
+      if eqn.params['length'] in lengths and stacked:
+        total += sum(v.aval.size * v.aval.dtype.itemsize for v in stacked)
+        continue
+    for inner in jax.core.jaxprs_in_params(eqn.params):
+      total += kept_bytes(inner, lengths)
+  return total
+
+
+def _kernel_flops(cost, flops, cfg, model, devices):
+  """Splash attention does not tell its FLOPs: two products forward, five backward, over the keys that are seen."""
+  if not any(name.startswith('splash') for name in cost.custom_calls):
+    return 0.0
+  layer = flops['attention_causal'] / 3 * cfg.train.batch_size * cfg.data.length / devices / model.layers
+  runs = lambda part: sum(n for name, n in cost.custom_calls.items() if name.startswith('splash') and part in name)
+  microbatches = max(cfg.train.accumulate, 1)
+  return layer / microbatches * (runs('fwd') + 2.5 * runs('dkv'))
+
+
+def span(machine: Machine, mesh, axes) -> tuple[float, str]:
+  """(bytes/s that a device can send, network) of a collective along these mesh axes: all links of the torus
+  dimensions in which its devices differ, in both directions; NVLink inside a node; else the slow network."""
+  chip = machine.chip
+  along = [i for i, name in enumerate(mesh.axis_names) if name in axes]
+  if not along or not chip.link:
+    return 0.0, ''
+  grid = np.moveaxis(mesh.devices, along, range(len(along)))
+  group = grid.reshape(math.prod(grid.shape[:len(along)]), -1)[:, 0]
+  if machine.topology.platform == 'tpu':
+    if len({getattr(d, 'slice_index', 0) for d in group}) > 1:
+      return chip.slow, 'network between slices'
+    differ = sum(len(set(values)) > 1 for values in zip(*(d.coords for d in group)))
+    return 2 * chip.link * max(differ, 1), 'ICI'
+  places = {d.id // machine.topology.host for d in group}
+  return (chip.link, 'NVLink') if len(places) == 1 else (chip.slow, 'network between nodes')
