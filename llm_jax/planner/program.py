@@ -74,6 +74,9 @@ class Program:
       if speed:
         name = f'{network} along {"+".join(collective.axes)}'
         out[name] = out.get(name, 0.0) + collective.bytes / speed
+    if self.machine.slices > 1:          # no collective of the program's text: each slice's gradients, to and fro
+      sent = 2 * self.memory['gradients'] * (self.machine.slices - 1) / self.machine.slices * self.microbatches
+      out['network between slices'] = sent / chip.slow
     return out
 
   def step(self) -> tuple[float, str]:
