@@ -69,7 +69,11 @@ def make_mesh(mesh: config_lib.Mesh, devices=None) -> jax.sharding.Mesh:
   slices = len({getattr(d, 'slice_index', 0) for d in devices})
   kinds = (AxisType.Auto,) * len(AXES)
   if slices == 1:
-    return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+    try:
+      return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+    except NotImplementedError:      # an axis that is no whole dimension of the TPU's torus, such as 4 of 16
+      grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+      return jax.sharding.Mesh(grid, AXES, axis_types=kinds)
   between = across_slices(dict(zip(AXES, sizes)), slices)
   within = [s // between.get(axis, 1) for axis, s in zip(AXES, sizes)]
   grid = mesh_utils.create_hybrid_device_mesh(within, [between.get(axis, 1) for axis in AXES], devices)
