@@ -80,7 +80,8 @@ def get_config():
       encoder_layers=0,                 # > 0: encoder-decoder with cross-attention
       dtype='auto',                     # compute: auto (bfloat16 on TPU and GPU, float32 on CPU) | float32 | bfloat16
       kernel='auto',                    # attention: auto | xla | cudnn | splash
-      remat='none',                     # none | dots (keep matrix products) | full (keep only layer inputs)
+      remat='none',                     # none | dots (keep matrix products) | full (keep only layer inputs) | offload
+                                        # (full, and layer inputs wait in the host's memory)
       unroll=True,                      # unroll the scan over layers: faster steps, slower compile on deep models
   ))
 
@@ -121,7 +122,7 @@ def get_config():
       router_z_loss=0.001,              # experts: weight of the router's z-loss (arXiv 2202.08906)
       router_bias_rate=0.001,           # experts: how far a step moves router_bias
       label_smoothing=0.0,              # share of the target spread over the vocabulary
-      loss_chunk=0,                     # positions per chunk of the cross-entropy; 0: all at once
+      loss_chunk=0,                     # vocabulary entries whose logits exist at once; 0: all
       ema=0.0,                          # decay of the parameters' moving average; 0: none kept
       on_nonfinite='stop',              # stop | skip, at a non-finite loss or gradient (the state stays as it was)
       spike_window=0,                   # a loss more than spike_sigmas above the mean of so many: skipped; 0: off

@@ -15,7 +15,7 @@ def get_config():
   config.data.packing, config.data.valid_fraction = 'pack', 0.0005
   config.tokenizer.kind, config.tokenizer.path = 'hf', 'gemma3/tokenizer.json'
   config.train.steps, config.train.minutes, config.train.batch_size = 100_000, 0.0, 64
-  config.train.loss_chunk = 256
+  config.train.loss_chunk = 16_384
   config.optimizer.name, config.optimizer.learning_rate, config.optimizer.schedule = 'adamw', 4e-4, 'cosine'
   config.optimizer.warmup_steps, config.optimizer.final_fraction = 1000, 0.1
   config.mesh.distributed = True                   # a v5e-16 slice is four hosts

@@ -16,7 +16,7 @@ def get_config():
   config.data.valid_fraction = 0.0005
   config.tokenizer.kind, config.tokenizer.path = 'hf', 'qwen3/tokenizer.json'
   config.train.steps, config.train.minutes, config.train.batch_size = 50_000, 0.0, 128
-  config.train.loss_chunk = 512
+  config.train.loss_chunk = 18_992
   config.optimizer.name, config.optimizer.learning_rate, config.optimizer.schedule = 'adamw', 6e-4, 'cosine'
   config.optimizer.warmup_steps, config.optimizer.final_fraction = 1000, 0.1
   config.checkpoint.every, config.eval.every = 1000, 1000

@@ -97,6 +97,7 @@ def report(p) -> str:
       f'compiled   in {p.seconds:.0f} s', '',
       f'memory     {p.bytes / GIB:.2f} GiB per device {limit}']
   lines += [f'  {name:<14}{size / GIB:8.3f} GiB' for name, size in p.memory.items()]
+  lines += [f'  (host memory {p.host / GIB:8.3f} GiB)'] if p.host else []
   lines += ['', f'work       {p.flops:.3e} FLOPs per device and step, {p.cost.bytes / 1e9:.1f} GB of memory traffic'
             + (f' ({p.cost.unknown_loops} loops of unknown length counted once)' if p.cost.unknown_loops else '')]
   lines += [f'  {c.kind:<18} along {"+".join(c.axes):<14}{c.bytes / 1e9:9.3f} GB sent, {c.count:.0f} times'

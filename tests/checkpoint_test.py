@@ -86,7 +86,7 @@ def test_restore_params_reads_neither_moments_nor_needs_the_model(run):
   mesh = mesh_of(8, 2, 4)
   params = checkpoint.restore_params(run, 5, mesh)
   assert_same_bits(params, state['params'])
-  assert params['blocks0']['mlp']['w_up_DF'].sharding.spec == P(None, 'fsdp', 'tensor')
+  assert params['blocks0']['mlp']['w_up_DF'].sharding.spec == P('stage', 'fsdp', 'tensor')
 
 
 def test_restore_params_falls_back_to_params_where_no_average_is_kept(run):

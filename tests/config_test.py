@@ -75,7 +75,7 @@ def test_a_wrong_key_type_or_choice_names_itself_and_the_nearest(groups, key, hi
     (dict(model=dict(layers=0)), 'config.model.layers: expected a positive number'),
     (dict(train=dict(steps=0)), 'config.train.steps'),
     (dict(train=dict(batch_size=32, accumulate=3)), 'config.train.accumulate'),
-    (dict(train=dict(loss_chunk=100)), 'config.train.loss_chunk'),
+    (dict(train=dict(loss_chunk=-1)), 'config.train.loss_chunk'),
     (dict(train=dict(objective='masked')), "config.model.attention: objective 'masked' needs 'bidirectional'"),
     (dict(data=dict(source='mixture')), 'config.data.mixture'),
     (dict(data=dict(mixture=({'path': 'x'},))), 'config.data.mixture'),

@@ -29,7 +29,7 @@ FAST = {'learning_rate': 3e-2, 'schedule': 'constant', 'warmup_steps': 0, 'eps':
 MODELS = {        # model, train, optimizer, packed?
     'dense': (DENSE, dict(accumulate=1, ema=0.9), {}, False),
     'dense, accumulated, packed, dropout, remat': (
-        dict(DENSE, dropout=0.1, remat='full'), dict(accumulate=4, loss_chunk=4, z_loss=1e-4), {}, True),
+        dict(DENSE, dropout=0.1, remat='full'), dict(accumulate=4, loss_chunk=32, z_loss=1e-4), {}, True),
     'windows, skips, unrolled, kv heads': (
         dict(DENSE, windows=(4, 0), kv_heads=2, embedding_skips=True, value_skips=True, unroll=True,
              remat='dots'), dict(accumulate=4), dict(learning_rate=1e-2), False),

@@ -113,7 +113,7 @@ def test_golden_metrics_of_one_step():
     assert got[name] == pytest.approx(value, rel=1e-5), f'{name}; all: {got}'
 
 
-CHUNKED = dict(z_loss=1e-2, label_smoothing=0.1, loss_chunk=4)
+CHUNKED = dict(z_loss=1e-2, label_smoothing=0.1, loss_chunk=48)
 
 
 @pytest.mark.parametrize('changes', [dict(), CHUNKED], ids=['plain', 'chunked, z and smoothing'])
@@ -149,7 +149,7 @@ def test_chunked_loss_changes_nothing():
 DROPOUT = dict(dropout=0.2, layers=3)
 
 
-@pytest.mark.parametrize('changes', [dict(unroll=True), dict(remat='full'), pytest.param(
+@pytest.mark.parametrize('changes', [dict(unroll=True), dict(remat='full'), dict(remat='offload'), pytest.param(
     dict(remat='dots', unroll=True), marks=pytest.mark.slow)], ids=str)
 def test_remat_and_unroll_change_nothing(changes):
   """With dropout on: what is computed again has the same masks."""

@@ -140,7 +140,7 @@ def assert_close(got, want, tolerance=1e-5):
     assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b), jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize('unroll, remat', [(False, 'none'), (False, 'dots'), (True, 'full')])
+@pytest.mark.parametrize('unroll, remat', [(False, 'none'), (False, 'dots'), (True, 'full'), (False, 'offload')])
 def test_scan_and_remat_change_nothing(unroll, remat):
   """Two repeats of a window pattern, with dropout: values and gradients of unrolled layers without remat."""
   cfg = dataclasses.replace(DEEP, unroll=unroll, remat=remat)

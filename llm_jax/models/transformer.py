@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax import config as config_lib
 from llm_jax.config import ConfigError
@@ -238,11 +239,18 @@ class Transformer(nnx.Module):
     x_BSD, _ = self._scan(x_BSD, context, [('encoder_blocks0', 0, cfg.encoder_layers)])
     return self.norm_encoder(x_BSD) if cfg.norm_position != 'post' else x_BSD
 
-  def logits(self, x_BTD):
-    """float32 [B, T, V] from final hidden states, soft-capped where the config says so."""
+  def unembed_VD(self):
+    """The output matrix, by rows of the vocabulary."""
+    return self.embed_VD[...] if self.cfg.tied_embeddings else self.unembed_DV[...].swapaxes(0, 1)
+
+  def logits(self, x_BTD, part_VD=None):
+    """float32 [B, T, V] from final hidden states, soft-capped where the config says so; part_VD: of some of the
+    rows of unembed_VD only."""
     cfg = self.cfg
     with jax.named_scope('logits'):
-      if cfg.tied_embeddings:
+      if part_VD is not None:
+        logits_BTV = jnp.einsum('BTD,VD->BTV', x_BTD, part_VD.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+      elif cfg.tied_embeddings:
         table_VD = shard(self.embed_VD[...].astype(x_BTD.dtype), 'VD', dict(V=PARAM['V']))
         logits_BTV = jnp.einsum('BTD,VD->BTV', x_BTD, table_VD, preferred_element_type=jnp.float32)
       else:
@@ -320,6 +328,7 @@ def run_stack(cfg: config_lib.Model, stacked, layer_L, carry, context: Context):
   def body(carry, xs):
     blocks, layer = xs
     routed = []
+    carry = jax.tree.map(lambda x: checkpoint_name(x, 'layer_input'), carry)
     for i, block in enumerate(blocks):
       x_BTD, first_v_BTKH, _, statistics = block(*carry, context, layer + i)
       carry = x_BTD, first_v_BTKH
@@ -327,7 +336,11 @@ def run_stack(cfg: config_lib.Model, stacked, layer_L, carry, context: Context):
     return carry, tuple(routed)
 
   if cfg.remat != 'none':
-    policy = dict(full=None, dots=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)[cfg.remat]
+    policies = jax.checkpoint_policies
+    offload = policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=['layer_input'], offload_src='device',
+        offload_dst='pinned_host')
+    policy = dict(full=None, dots=policies.dots_with_no_batch_dims_saveable, offload=offload)[cfg.remat]
     body = jax.checkpoint(body, policy=policy, prevent_cse=cfg.unroll)
   return jax.lax.scan(body, carry, (stacked, layer_L), unroll=len(layer_L) if cfg.unroll else 1)
 

@@ -23,6 +23,9 @@ from llm_jax.train import optimizer as optimizer_lib
 from llm_jax.train import step as step_lib
 
 
+HOST = 15e9       # bytes/s between a TPU and its host's memory, roughly (jax-ml.github.io/scaling-book)
+
+
 @dataclasses.dataclass(frozen=True)
 class Machine:
   """Devices to compile for. stand_in: they are CPU devices in the place of GPUs."""
@@ -44,6 +47,7 @@ class Program:
   kernel: str
   parameters: int
   memory: dict[str, float]             # by category
+  host: float                          # bytes kept in host memory
   cost: hlo.Cost
   flops: float                         # cost.flops, and those of attention kernels that do not tell theirs
   model_flops: float                   # per token, as in MFU
@@ -69,6 +73,8 @@ class Program:
     out = {'matrix products': self.flops / chip.flops}
     if chip.bandwidth:
       out['memory bandwidth'] = self.cost.bytes / chip.bandwidth
+    if self.host:
+      out['transfers to host memory'] = 2 * self.host * self.microbatches / HOST
     for collective in self.cost.collectives:
       speed, network = self.spans.get(collective.axes, (0.0, ''))
       if speed:
@@ -167,7 +173,8 @@ def compile_step(cfg: config_lib.Config, machine: Machine) -> Program:
   flops = metrics.flops_per_token(model, cfg.data.length)
   return Program(
       cfg, model, machine, dict(mesh.shape), microbatches, kernel, transformer.count(state['params']),
-      categories(compiled, state, traced.jaxpr, model, mesh), cost,
+      categories(compiled, state, traced.jaxpr, model, mesh),
+      float(compiled.memory_analysis().host_temp_size_in_bytes), cost,
       cost.flops + _kernel_flops(cost, flops, cfg, model, len(machine.devices)), flops['causal'],
       {c.axes: span(machine, mesh, c.axes) for c in cost.collectives}, time.monotonic() - start)
 
@@ -223,6 +230,8 @@ def categories(compiled, state, jaxpr, model, mesh) -> dict[str, float]:
   gradients = min(parameters, rest)
   ways = sharding.axis_size(mesh, sharding.ACT['B']) * mesh.shape['context']
   kept = min(kept_bytes(jaxpr, {repeats for _, _, repeats in transformer.stacks(model)}) / ways, rest - gradients)
+  if model.remat == 'offload':           # kept by the host
+    kept = 0.0
   return {'parameters': parameters, 'moments': everything - parameters,
           'batch': max(found.argument_size_in_bytes - everything, 0.0), 'gradients': gradients, 'activations': kept,
           'temporaries': rest - gradients - kept}

@@ -33,8 +33,9 @@ class Estimate:
 
 def candidates(cfg: config_lib.Config, machine: Machine) -> Iterator[config_lib.Config]:
   """Every config that the machine could run: other meshes of data, fsdp, tensor and expert (context and stage stay),
-  remat, accumulation, and batches of a quarter to four times the config's."""
+  remat (offload on TPUs), accumulation, and batches of a quarter to four times the config's."""
   left = len(machine.devices) // (cfg.mesh.context * cfg.mesh.stage)
+  remats = ('none', 'dots', 'full') + (('offload',) if machine.topology.platform == 'tpu' else ())
   for tensor in (1, 2, 4, 8, 16):
     for expert in (1, 2, 4, 8, 16, 32, 64) if cfg.model.experts else (1,):
       if left % (tensor * expert):
@@ -42,7 +43,7 @@ def candidates(cfg: config_lib.Config, machine: Machine) -> Iterator[config_lib.
       rest = left // (tensor * expert)
       for data in (d for d in range(1, rest + 1) if rest % d == 0 and d.bit_count() == 1):
         mesh = dataclasses.replace(cfg.mesh, data=data, fsdp=rest // data, tensor=tensor, expert=expert)
-        for remat in ('none', 'dots', 'full'):
+        for remat in remats:
           for accumulate in sorted({1, 2, 4, 8, 16, max(cfg.train.accumulate, 1)}):
             for batch in (cfg.train.batch_size // 4, cfg.train.batch_size // 2, cfg.train.batch_size,
                           2 * cfg.train.batch_size, 4 * cfg.train.batch_size):
@@ -99,9 +100,10 @@ def _activation_bytes(cfg, model, sizes, tokens, width):
   heads = (model.heads + 2 * model.kv_heads) * model.head_dim
   products = (heads + model.heads * model.head_dim) / tensor + 2 * model.width + mlp * 2 / tensor
   everything = products + 6 * model.width + 3 * mlp / tensor + heads / tensor
-  kept = {'full': model.width, 'dots': model.width + products, 'none': everything + model.width}[cfg.model.remat]
-  rows = tokens if not cfg.train.loss_chunk else tokens * cfg.train.loss_chunk / cfg.data.length
-  logits = 3 * rows * model.vocab_size / tensor * 4
+  kept = {'none': everything + model.width, 'dots': model.width + products, 'full': model.width,
+          'offload': 0}[cfg.model.remat]
+  entries = min(cfg.train.loss_chunk or model.vocab_size, model.vocab_size)
+  logits = 3 * tokens * entries / tensor * 4
   table = 2 * model.vocab_size * model.width / tensor * width
   return kept * tokens * width * model.layers / sizes['stage'], tokens * everything * width * 1.5 + logits + table
 
@@ -109,11 +111,11 @@ def _activation_bytes(cfg, model, sizes, tokens, width):
 def _seconds(cfg, model, machine, sizes, microbatches, tokens, parameters, width):
   chip, devices = machine.chip, len(machine.devices)
   flops = metrics.flops_per_token(model, cfg.data.length)['causal']
-  again = {'none': 1.0, 'dots': 1.02, 'full': 4 / 3}[cfg.model.remat]
+  again = {'none': 1.0, 'dots': 1.02, 'full': 4 / 3, 'offload': 4 / 3}[cfg.model.remat]
   compute = cfg.train.batch_size * cfg.data.length * flops * again / devices / chip.flops / EFFICIENCY
   if sizes['stage'] > 1:
     compute /= 1 - pipeline.bubble(sizes['stage'], cfg.mesh.interleave, microbatches)
-  passes = 3 if cfg.model.remat == 'full' else 2
+  passes = 3 if cfg.model.remat in ('full', 'offload') else 2
   whole = parameters / 4 * width * sizes['fsdp']                 # a device's parameters once gathered, compute dtype
   sent = dict(
       fsdp=microbatches * (passes + 2) * whole * (sizes['fsdp'] - 1) / sizes['fsdp'],
@@ -124,8 +126,11 @@ def _seconds(cfg, model, machine, sizes, microbatches, tokens, parameters, width
       / sizes['stage'] * (sizes['expert'] - 1) / sizes['expert'])
   times = {'matrix products': compute}
   times |= {axis: amount / speed for axis, amount in sent.items() if amount and (speed := _speed(machine, sizes, axis))}
-  waiting = sum(t for axis, t in times.items() if axis not in (*OVERLAPPED, 'matrix products'))
-  hidden = max((times.get(axis, 0.0) for axis in OVERLAPPED), default=0.0)
+  if cfg.model.remat == 'offload':
+    moved = 2 * microbatches * tokens * model.width * width * model.layers / sizes['stage']
+    times['host memory'] = moved / program_lib.HOST
+  waiting = sum(t for axis, t in times.items() if axis not in (*OVERLAPPED, 'matrix products', 'host memory'))
+  hidden = max((times.get(name, 0.0) for name in (*OVERLAPPED, 'host memory')), default=0.0)
   seconds = max(compute + waiting, hidden)
   return seconds, max(times, key=times.get)
 

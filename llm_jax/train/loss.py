@@ -1,16 +1,17 @@
-"""Cross-entropy with z-loss and label smoothing, whole or in chunks of positions.
+"""Cross-entropy with z-loss and label smoothing, whole or for a part of the vocabulary at a time.
 
 Everything is a sum over the positions, weighted by the mask; the caller divides by 'tokens', once, after it has added
 up microbatches and devices. The target's logit is picked by comparing with an iota: elementwise, so it stays
 sharded over V and its backward fuses with the softmax's, where a gather's is a scatter.
 """
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from llm_jax import config as config_lib
-from llm_jax.config import ConfigError
+from llm_jax import sharding
 
 
 def cross_entropy(logits_BTV: jax.Array, target_BT: jax.Array, mask_BT: jax.Array, z_loss: float,
@@ -25,42 +26,69 @@ def cross_entropy(logits_BTV: jax.Array, target_BT: jax.Array, mask_BT: jax.Arra
   is_target_BTV = jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2) == target_BT[..., None]
   logsumexp_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
   ce_BT = logsumexp_BT - jnp.where(is_target_BTV, logits_BTV, 0).sum(-1)
+  even_BT = logsumexp_BT - logits_BTV.mean(-1) if label_smoothing else 0.0
+  return _add_up(ce_BT, logsumexp_BT, even_BT, jnp.argmax(logits_BTV, axis=-1) == target_BT, mask_BT, z_loss,
+                 label_smoothing)
+
+
+def _add_up(ce_BT, logsumexp_BT, even_BT, hit_BT, mask_BT, z_loss, label_smoothing):
   z_BT = z_loss * jnp.square(logsumexp_BT)
   loss_BT = ce_BT + z_BT if z_loss else ce_BT
   if label_smoothing:
-    loss_BT += label_smoothing * (logsumexp_BT - logits_BTV.mean(-1) - ce_BT)
-  hit_BT = jnp.argmax(logits_BTV, axis=-1) == target_BT
+    loss_BT += label_smoothing * (even_BT - ce_BT)
   mask_BT = mask_BT.astype(jnp.float32)
   sums = {'loss/ce': (ce_BT * mask_BT).sum(), 'loss/z': (z_BT * mask_BT).sum(), 'accuracy': (hit_BT * mask_BT).sum(),
           'tokens': mask_BT.sum()}
   return (loss_BT * mask_BT).sum(), sums
 
 
-def chunked_cross_entropy(x_BTD: jax.Array, logits_fn: Callable[[jax.Array], jax.Array], target_BT: jax.Array,
-                          mask_BT: jax.Array, z_loss: float, label_smoothing: float,
+def chunked_cross_entropy(x_BTD: jax.Array, w_VD: jax.Array, logits_fn: Callable[[jax.Array, jax.Array], jax.Array],
+                          target_BT: jax.Array, mask_BT: jax.Array, z_loss: float, label_smoothing: float,
                           chunk: int) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """`cross_entropy` of logits_fn(x_BTD), for `chunk` positions at a time: never more than [B, chunk, V] logits exist.
+  """`cross_entropy` of logits_fn(x_BTD, w_VD) for about `chunk` entries of the vocabulary at a time, with the running
+  maximum and sum of arXiv 1805.02867: never more than [B, T, chunk] logits exist.
 
-  logits_fn: [B, C, D] -> [B, C, V], unembedding and softcap; position by position. The backward pass computes each
-  chunk's logits again. Raises ConfigError where chunk does not divide T.
+  logits_fn: [B, T, D] and [C, D] -> [B, T, C], unembedding and softcap. Each part of w_VD is gathered once per pass, and
+  its gradient reduced once, where chunks of positions would do both for all of it every time. The backward pass
+  computes each part's logits again.
   """
-  B, T = target_BT.shape
-  if T % chunk:
-    raise ConfigError(f'config.train.loss_chunk: {T} positions are not a multiple of {chunk}')
+  V, ways = w_VD.shape[0], sharding.ways('tensor')
+  each = min(math.ceil(chunk / ways), V // ways)             # of a device
+  parts = math.ceil(V // ways / each)
+  padded = parts * each * ways > V
 
-  def split(array):
-    return jnp.moveaxis(array.reshape(B, T // chunk, chunk, *array.shape[2:]), 1, 0)
+  def split(a, fill):                                        # [V, ...] -> [parts, ways * each, ...], where it lies
+    a = a.reshape(ways, V // ways, *a.shape[1:])
+    a = jnp.pad(a, ((0, 0), (0, parts * each - V // ways), *((0, 0),) * (a.ndim - 2)), constant_values=fill)
+    return a.reshape(ways, parts, each, *a.shape[2:]).swapaxes(0, 1).reshape(parts, ways * each, *a.shape[2:])
 
-  @jax.checkpoint
-  def one(x_BCD, target_BC, mask_BC):
-    return cross_entropy(logits_fn(x_BCD), target_BC, mask_BC, z_loss, label_smoothing)
+  high_BTD = x_BTD.astype(jnp.float32)                       # so that the parts' gradients add up in float32
 
-  def body(total, inputs):
-    return jax.tree.map(jnp.add, total, one(*inputs)), None
+  def body(carry, part):
+    most_BT, best_BT, sum_BT, picked_BT, total_BT = carry
+    w_CD, index_C = part
+    index_BTC = index_C[None, None]
+    logits_BTC = logits_fn(high_BTD.astype(x_BTD.dtype), w_CD)
+    if padded:
+      logits_BTC = jnp.where(index_BTC < V, logits_BTC, -jnp.inf)
+    top_BT = jax.lax.stop_gradient(logits_BTC.max(-1))
+    at_BT = index_C[jnp.argmax(logits_BTC, -1)]
+    better_BT = (top_BT > most_BT) | (top_BT == most_BT) & (at_BT < best_BT)
+    new_BT = jnp.maximum(most_BT, top_BT)
+    sum_BT = sum_BT * jnp.exp(most_BT - new_BT) + jnp.exp(logits_BTC - new_BT[..., None]).sum(-1)
+    picked_BT += jnp.where(index_BTC == target_BT[..., None], logits_BTC, 0).sum(-1)
+    if label_smoothing:
+      total_BT += jnp.where(index_BTC < V, logits_BTC, 0).sum(-1)
+    return (new_BT, jnp.where(better_BT, at_BT, best_BT), sum_BT, picked_BT, total_BT), None
 
-  start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, *(a[:, :chunk] for a in (
-      x_BTD, target_BT, mask_BT))))
-  return jax.lax.scan(body, start, (split(x_BTD), split(target_BT), split(mask_BT)))[0]
+  zero_BT = jnp.zeros(target_BT.shape, jnp.float32)
+  w_XVD = sharding.shard(split(w_VD, 0), 'XVD', sharding.PARAM)
+  start = zero_BT - jnp.inf, jnp.full_like(target_BT, V), zero_BT, zero_BT, zero_BT
+  (most_BT, best_BT, sum_BT, picked_BT, total_BT), _ = jax.lax.scan(
+      jax.checkpoint(body, prevent_cse=False), start, (w_XVD, split(jnp.arange(V, dtype=jnp.int32), V)))
+  logsumexp_BT = most_BT + jnp.log(sum_BT)
+  return _add_up(logsumexp_BT - picked_BT, logsumexp_BT, logsumexp_BT - total_BT / V, best_BT == target_BT, mask_BT,
+                 z_loss, label_smoothing)
 
 
 def router_losses(train: config_lib.Train, routed: dict, tokens: jax.Array) -> tuple[jax.Array, dict]:

@@ -38,6 +38,9 @@ def check_rows(cfg: config_lib.Config, mesh) -> None:
   if cfg.model.encoder_layers:
     raise ConfigError(f'config.model.encoder_layers: {cfg.model.encoder_layers}; training from text feeds a decoder '
                       'alone; set it to 0 (an encoder-decoder trains through train.step, with source_BS in batches)')
+  if cfg.model.remat == 'offload' and isinstance(mesh, jax.sharding.Mesh) and mesh.devices.flat[0].platform == 'cpu':
+    raise ConfigError("config.model.remat: 'offload' moves layer inputs from an accelerator's memory to its host's, and "
+                      "this is a CPU; set it to 'full'")
   ways, stages = sharding.axis_size(mesh, sharding.ACT['B']), mesh.shape['stage']
   pipeline.check(cfg.model, stages, cfg.mesh.interleave, cfg.train.accumulate)
   for key, rows, times in (('train.batch_size', cfg.train.batch_size, max(cfg.train.accumulate, 1)),
@@ -100,8 +103,8 @@ def token_loss(cfg: config_lib.Config, bound, x_BTD, batch, training: bool):
   target_BT, mask_BT = batch['target_BT'], batch['mask_BT']
   with jax.named_scope('loss'):
     if cfg.train.loss_chunk:
-      return loss_lib.chunked_cross_entropy(x_BTD, bound.logits, target_BT, mask_BT, z_loss, smoothing,
-                                            cfg.train.loss_chunk)
+      return loss_lib.chunked_cross_entropy(x_BTD, bound.unembed_VD(), bound.logits, target_BT, mask_BT, z_loss,
+                                            smoothing, cfg.train.loss_chunk)
     return loss_lib.cross_entropy(bound.logits(x_BTD), target_BT, mask_BT, z_loss, smoothing)
 
 
