@@ -124,6 +124,7 @@ def test_the_command_on_cpu_devices():
 @pytest.mark.parametrize('args, message', [
     (['--topology=v5e:9x9'], 'v5e has 1x1'), ([], '--topology: expected a machine'),
     (['--topology=cpu:8', '--config.mesh.tensor=3'], 'needs a multiple of 3 devices, there are 8'),
+    (['--topology=cpu:2', '--config.model.remat=offload'], "'offload' moves layer inputs"),
     (['--topology=cpu:8', '--config.mesh.tensor=4'], "axis 'tensor' (4 ways) does not divide N=2"),
     (['--topology=cpu:8', '--slices=2'], '--slices: cpu:8 has none'), (['--topology=cpu:8', '--tries=x'], '--tries'),
     (['--topolgy=cpu:8'], "unknown flag --topolgy; nearest: 'topology'")])
@@ -156,6 +157,16 @@ def test_a_tpu_program_reduces_and_scatters_gradients():
   assert out.returncode == 0 and not out.stderr, out.stdout + out.stderr
   assert 'attention splash, bfloat16' in out.stdout
   assert re.search(r'all-gather +along fsdp', out.stdout) and re.search(r'reduce-scatter +along fsdp', out.stdout)
+
+
+@needs_libtpu
+def test_layer_inputs_wait_in_the_hosts_memory():
+  """remat=offload: what full remat keeps on the device, 8 layers x 1 row x 256 x 512 in bfloat16, the host keeps."""
+  out = run('--config=configs/base.py', '--topology=v5e:4x4', '--tries=0', *TPU_MODEL, '--config.train.batch_size=16',
+            '--config.model.remat=offload')
+  assert out.returncode == 0 and not out.stderr, out.stdout + out.stderr
+  assert re.search(r'activations +0.000 GiB\n', out.stdout) and re.search(r'host memory +0.002 GiB', out.stdout)
+  assert 'transfers to host memory' in out.stdout
 
 
 @needs_libtpu
