@@ -30,7 +30,7 @@ def llama3(shape: str):
   config.data.packing, config.data.valid_fraction = 'pack', 0.0001
   config.tokenizer.kind, config.tokenizer.path = 'hf', 'llama3/tokenizer.json'
   config.train.steps, config.train.minutes = 500_000, 0.0
-  config.train.loss_chunk = 8016                   # a 16th of the vocabulary: its logits never exist all at once
+  config.train.loss_chunk = 8192                   # of 128,256 entries: logits never exist all at once
   config.optimizer.name, config.optimizer.learning_rate, config.optimizer.schedule = 'adamw', 3e-4, 'cosine'
   config.optimizer.warmup_steps, config.optimizer.final_fraction = 2000, 0.1
   config.mesh.distributed = True

@@ -434,8 +434,6 @@ def check(config: Config) -> Config:
     raise ConfigError('config.train.spike_window: 1 loss has no deviation; expected at least 2, or 0 for off')
   if m.max_length and m.max_length < d.length:
     raise ConfigError(f'config.model.max_length: {m.max_length} is shorter than data.length {d.length}')
-  if t.loss_chunk < 0:
-    raise ConfigError(f'config.train.loss_chunk: expected a number of vocabulary entries, or 0; got {t.loss_chunk}')
   needs = {'causal': 'causal', 'prefix': 'prefix', 'masked': 'bidirectional', 'span': 'prefix'}[t.objective]
   if m.attention != needs:
     raise ConfigError(f'config.model.attention: objective {t.objective!r} needs {needs!r}, got {m.attention!r}')

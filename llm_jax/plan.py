@@ -45,40 +45,53 @@ def main(argv: list[str]) -> int:
     from llm_jax.planner import program, search
     machine = program.machine(topology, int(flags['slices']))
     print(f'compiling for {_describe(machine)} ...', flush=True)
-    found = program.compile_step(cfg, machine)
-    print(report(found), flush=True)
-    better = None
-    if int(flags['tries']):
-      better = improve(found, int(flags['tries']), search, program)
-    if found.fits:
+    found, need = None, 0.0
+    try:
+      found = program.compile_step(cfg, machine)
+      need = found.bytes
+      print(report(found), flush=True)
+    except program.OutOfMemory as e:           # of a TPU's compiler, which then says nothing more
+      need = e.bytes
+    better = improve(search.resolved(cfg, machine), machine, found, int(flags['tries']), search, program)
+    if found and found.fits:
       return 0
-    nearest = f'; nearest that fits: {_changes(found.cfg, better.cfg)}' if better else ''
+    nearest = f'; nearest that fits: {_changes(search.resolved(cfg, machine), better.cfg)}' if better else ''
     print(f'error: out of memory: {topology.name} has {machine.chip.memory / GIB:.2f} GiB per device, this config '
-          f'needs {found.bytes / GIB:.2f} GiB{nearest}', file=sys.stderr)
+          f'needs {need / GIB:.2f} GiB{nearest}', file=sys.stderr)
     return 1
 
 
-def improve(found, tries: int, search, program):
-  """Compiles the best candidates and prints the first that the compiler confirms; returns it, or None."""
-  limit = 0.95 * (found.machine.chip.memory or float('inf'))
-  ranked = [e for e in search.rank(found, limit) if not _same(e.cfg, found)]
+def improve(cfg, machine, found, tries: int, search, program):
+  """Compiles the best candidates, `tries` at most, and prints the first that the compiler confirms; returns it, or
+  None. cfg: resolved; found: its Program, None where it does not even compile. Where the config fits, what is faster is
+  better; where it does not, what fits and changes least."""
+  if not tries:
+    return None
+  fits = found is not None and found.fits
+  slack = search.slack_of(found) if found else 1.0
+  ranked = search.rank(cfg, machine, 0.95 * (machine.chip.memory or float('inf')), slack, nearest=not fits)
   print('\nwhat to change')
+  speed = lambda p: p.tokens / p.step()[0]
   for guess in ranked[:tries]:
+    changes = _changes(cfg, guess.cfg)
     try:
-      other = program.compile_step(guess.cfg, found.machine)
+      other = program.compile_step(guess.cfg, machine)
     except ConfigError as e:
-      print(f'  refused: {_changes(found.cfg, guess.cfg)}: {e}', flush=True)
+      print(f'  no: {changes}: {e}', flush=True)
       continue
-    speed = lambda p: p.tokens / p.step()[0]
-    if other.fits and (not found.fits or speed(other) > 1.02 * speed(found)):
-      print(f'  {_changes(found.cfg, guess.cfg)}\n  because: {search.reason(found, other)}; predicted MFU '
-            f'{other.mfu():.1%} (compiled in {other.seconds:.0f} s)', flush=True)
+    if not other.fits:
+      print(f'  no: {changes}: needs {other.bytes / GIB:.2f} GiB', flush=True)
+    elif fits and speed(other) <= 1.02 * speed(found):
+      print(f'  no: {changes}: {speed(other) / speed(found):.2f}x the tokens/s once compiled', flush=True)
+    else:
+      why = search.reason(found, other) if fits else f'it fits, in {other.bytes / GIB:.2f} GiB'
+      print(f'  {changes}\n  because: {why}; predicted MFU {other.mfu():.1%} (compiled in {other.seconds:.0f} s)',
+            flush=True)
       return other
-    why = (f'needs {other.bytes / GIB:.2f} GiB' if not other.fits else
-           f'{speed(other) / speed(found):.2f}x the tokens/s once compiled')
-    print(f'  not better: {_changes(found.cfg, guess.cfg)}: {why}', flush=True)
-  print('  nothing: ' + ('no other mesh, remat, accumulation or batch is faster' if found.fits else
-                         'no mesh, remat, accumulation or batch fits; take more devices'))
+  left = len(ranked) - tries
+  print('  nothing: ' + (f'the {tries} most promising of {len(ranked)} configs were tried; --tries=N tries more'
+                         if left > 0 else 'no other mesh, remat, accumulation or batch is promising' if fits else
+                         'no mesh, remat, accumulation or batch should fit; take more devices'))
   return None
 
 
@@ -105,6 +118,8 @@ def report(p) -> str:
   lines += ['', f'roofline   {seconds:.4f} s per step at least, bound by {binding}']
   lines += [f'  {name:<34}{t:9.4f} s' for name, t in sorted(p.times().items(), key=lambda kv: -kv[1])]
   lines += [f'predicted  at most {p.tokens / seconds / devices:,.0f} tokens/s per device, MFU {p.mfu():.1%}']
+  if any(c.axes == ('?',) for c in p.cost.collectives):
+    lines += ['note       what is sent along ? (groups of devices that are no product of axes) is not in the roofline']
   if p.machine.stand_in:
     lines += ['note       compiled for as many CPU devices: mesh, FLOPs and what is sent are those of the GPUs; '
               'temporaries are an upper estimate (no flash attention, bfloat16 partly as float32)']
@@ -118,12 +133,6 @@ def _describe(machine):
 
 def _changes(old, new) -> str:
   return ' '.join(f'--config.{key}={after}' for key, (_, after) in config_lib.diff(old, new).items())
-
-
-def _same(cfg, found):
-  sizes = {axis: getattr(cfg.mesh, axis) for axis in found.mesh}
-  rest = lambda c: (c.model.remat, c.train.batch_size, max(c.train.accumulate, 1))
-  return sizes == found.mesh and rest(cfg) == rest(found.cfg)
 
 
 if __name__ == '__main__':

@@ -68,15 +68,22 @@ def make_mesh(mesh: config_lib.Mesh, devices=None) -> jax.sharding.Mesh:
   sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
   slices = len({getattr(d, 'slice_index', 0) for d in devices})
   kinds = (AxisType.Auto,) * len(AXES)
-  if slices == 1:
-    try:
-      return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
-    except NotImplementedError:      # an axis that is no whole dimension of the TPU's torus, such as 4 of 16
-      grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-      return jax.sharding.Mesh(grid, AXES, axis_types=kinds)
   between = across_slices(dict(zip(AXES, sizes)), slices)
-  within = [s // between.get(axis, 1) for axis, s in zip(AXES, sizes)]
-  grid = mesh_utils.create_hybrid_device_mesh(within, [between.get(axis, 1) for axis in AXES], devices)
+  outer = [between.get(axis, 1) for axis in AXES]
+  inner = [s // n for s, n in zip(sizes, outer)]
+
+  def arrange(**options):
+    if slices > 1:
+      return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, **options)
+    return mesh_utils.create_device_mesh(sizes, devices, **options)
+  try:
+    grid = arrange()
+  except NotImplementedError:        # an axis that is no whole dimension of the TPU's torus, such as 4 of 16
+    try:
+      grid = arrange(allow_split_physical_axes=True)
+    except NotImplementedError as e:
+      raise ConfigError(f'config.mesh: {dict(zip(AXES, sizes))} does not fit the torus of the devices; use powers of '
+                        'two, or fewer axes') from e
   return jax.sharding.Mesh(grid, AXES, axis_types=kinds)
 
 

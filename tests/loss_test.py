@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llm_jax import config, sharding
+from llm_jax import config, hlo, sharding
 from llm_jax.train import loss
 
 
@@ -138,7 +138,8 @@ def test_logits_sharded_over_v_are_never_gathered(chunk):
   rows = NamedSharding(mesh, P(('data', 'fsdp'), None))
 
   def f(p, target, mask):
-    logits = lambda x_BTD, w_VD: sharding.shard(logits_of(x_BTD, w_VD), 'BTV')
+    gathered = lambda w_VD: sharding.shard(w_VD, 'VD', dict(V='tensor'))       # as Transformer.logits does
+    logits = lambda x_BTD, w_VD: sharding.shard(logits_of(x_BTD, gathered(w_VD)), 'BTV')
     if chunk:
       return loss.chunked_cross_entropy(p['x_BTD'], p['w_VD'], logits, target, mask, 1e-3, 0.1, chunk)
     return loss.cross_entropy(logits(p['x_BTD'], p['w_VD']), target, mask, 1e-3, 0.1)
@@ -154,6 +155,13 @@ def test_logits_sharded_over_v_are_never_gathered(chunk):
   np.testing.assert_allclose(total, want, rtol=1e-5)
   for name in params:
     np.testing.assert_allclose(grad[name], want_grad[name], atol=1e-5 * np.abs(want_grad[name]).max())
+  if chunk:                         # each part of w once forward and once backward, its gradient reduced once
+    parts, w = -(-V // chunk), (V // 2) * D * 4
+    cost = hlo.count(compiled.as_text(), dict(mesh.shape))
+    sent = lambda kind, axes: sum(c.bytes for c in cost.collectives if c.kind == kind and set(c.axes) <= set(axes))
+    assert sent('all-gather', ('fsdp',)) <= 1.1 * 2 * w / 2
+    assert sent('all-reduce', ('data', 'fsdp')) <= 1.1 * 2 * w
+    assert max(c.count for c in cost.collectives if c.kind == 'all-gather') == 2 * parts
   gathers = [line for line in compiled.as_text().splitlines() if re.search(r'= \S+ (all-gather|all-to-all)', line)]
   sizes = [np.prod([int(n) for n in shape.split(',')]) for line in gathers
            for shape in re.findall(r'\[([\d,]+)\]', line.split(' all-')[0])]

@@ -249,16 +249,19 @@ class Transformer(nnx.Module):
     cfg = self.cfg
     with jax.named_scope('logits'):
       if part_VD is not None:
-        logits_BTV = jnp.einsum('BTD,VD->BTV', x_BTD, part_VD.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+        logits_BTV = self._products(x_BTD, part_VD)
       elif cfg.tied_embeddings:
-        table_VD = shard(self.embed_VD[...].astype(x_BTD.dtype), 'VD', dict(V=PARAM['V']))
-        logits_BTV = jnp.einsum('BTD,VD->BTV', x_BTD, table_VD, preferred_element_type=jnp.float32)
+        logits_BTV = self._products(x_BTD, self.embed_VD[...])
       else:
         logits_BTV = jnp.einsum('BTD,DV->BTV', x_BTD, self.unembed_DV[...].astype(x_BTD.dtype),
                                 preferred_element_type=jnp.float32)
       if cfg.logit_softcap:
         logits_BTV = cfg.logit_softcap * jnp.tanh(logits_BTV / cfg.logit_softcap)
       return shard(logits_BTV, 'BTV')
+
+  def _products(self, x_BTD, w_VD):
+    w_VD = shard(w_VD.astype(x_BTD.dtype), 'VD', dict(V=PARAM['V']))         # gather D
+    return jnp.einsum('BTD,VD->BTV', x_BTD, w_VD, preferred_element_type=jnp.float32)
 
   def _scan(self, x_BTD, context: Context, names):
     """Runs the stacks in order: one scan over the repeats of the window pattern, one over what is left. Returns x_BTD

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 import time
 
 import jax
@@ -22,7 +23,6 @@ from llm_jax.train import metrics
 from llm_jax.train import optimizer as optimizer_lib
 from llm_jax.train import step as step_lib
 
-
 HOST = 15e9       # bytes/s between a TPU and its host's memory, roughly (jax-ml.github.io/scaling-book)
 
 
@@ -34,6 +34,14 @@ class Machine:
   slices: int
   chip: hardware.Chip
   stand_in: bool = False
+
+
+class OutOfMemory(ConfigError):
+  """A program that needs more memory than the chip has; `bytes`: what it needs."""
+
+  def __init__(self, size: float):
+    super().__init__(f'needs {size / 2**30:.2f} GiB')
+    self.bytes = size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,15 +81,23 @@ class Program:
     out = {'matrix products': self.flops / chip.flops}
     if chip.bandwidth:
       out['memory bandwidth'] = self.cost.bytes / chip.bandwidth
+    repeats = 1 if self.mesh['stage'] > 1 else self.microbatches       # a pipeline's microbatches share one pass
     if self.host:
-      out['transfers to host memory'] = 2 * self.host * self.microbatches / HOST
+      out['transfers to host memory'] = 2 * self.host * repeats / HOST
     for collective in self.cost.collectives:
       speed, network = self.spans.get(collective.axes, (0.0, ''))
       if speed:
         name = f'{network} along {"+".join(collective.axes)}'
         out[name] = out.get(name, 0.0) + collective.bytes / speed
-    if self.machine.slices > 1:          # no collective of the program's text: each slice's gradients, to and fro
-      sent = 2 * self.memory['gradients'] * (self.machine.slices - 1) / self.machine.slices * self.microbatches
+    if self.machine.slices > 1:          # no collective of the program's text tells what passes there
+      between = sharding.across_slices(self.mesh, self.machine.slices)
+      share = lambda axis: (between[axis] - 1) / between[axis]
+      width = 4 if self.model.dtype == 'float32' else 2
+      gathered = self.memory['parameters'] / 4 * width * self.mesh['fsdp'] / between['fsdp']
+      rows = self.tokens / math.prod(self.mesh[axis] for axis in sharding.ACT['B']) / self.mesh['context']
+      sent = (2 * self.memory['gradients'] * share('data') * repeats           # each slice's gradients, to and fro
+              + 4 * gathered * share('fsdp') * repeats                         # parameters, to and fro; their gradients
+              + 2 * rows * self.model.width * width * (between['stage'] > 1))  # activations, and their gradients
       out['network between slices'] = sent / chip.slow
     return out
 
@@ -150,10 +166,13 @@ def _copy_seconds(a):
 
 
 def compile_step(cfg: config_lib.Config, machine: Machine) -> Program:
-  """Compiles the step of a config as the training loop would. Raises ConfigError as the loop would, and for more
-  memory than the compiler can plan for."""
+  """Compiles the step of a config as the training loop would. Raises ConfigError as the loop would, and OutOfMemory
+  where a TPU's compiler finds no room for it."""
   start = time.monotonic()
   platform = machine.topology.platform
+  if machine.stand_in and cfg.model.remat == 'offload':
+    raise ConfigError("config.model.remat: 'offload' is planned for TPUs only, for GPU plans are compiled on CPU "
+                      "devices; set it to 'full'")
   mesh = sharding.make_mesh(cfg.mesh, machine.devices)
   step_lib.check_rows(cfg, mesh)
   model = model_of(cfg, platform)
@@ -168,21 +187,19 @@ def compile_step(cfg: config_lib.Config, machine: Machine) -> Program:
     try:
       compiled = traced.lower().compile(step_lib.compiler_options(compiled_for))
     except jax.errors.JaxRuntimeError as e:
-      raise ConfigError(f'{machine.topology.name}: {_reason(e)}') from e
+      text = ' '.join(str(e).split())
+      if needed := re.search(r'Used ([\d.]+)([MGT]) of [\d.]+[MGT] hbm', text):
+        raise OutOfMemory(float(needed[1]) * dict(M=2**20, G=2**30, T=2**40)[needed[2]]) from e
+      raise ConfigError(f'{machine.topology.name}: {text[:240]}') from e
   cost = hlo.count(compiled.as_text(), dict(mesh.shape))
   flops = metrics.flops_per_token(model, cfg.data.length)
   return Program(
       cfg, model, machine, dict(mesh.shape), microbatches, kernel, transformer.count(state['params']),
-      categories(compiled, state, traced.jaxpr, model, mesh),
+      categories(compiled, state, traced.jaxpr, model, mesh, cfg.mesh.interleave),
       float(compiled.memory_analysis().host_temp_size_in_bytes), cost,
-      cost.flops + _kernel_flops(cost, flops, cfg, model, len(machine.devices)), flops['causal'],
+      cost.flops + _kernel_flops(cost, flops, cfg, model, len(machine.devices) // mesh.shape['stage'], microbatches),
+      flops['causal'],
       {c.axes: span(machine, mesh, c.axes) for c in cost.collectives}, time.monotonic() - start)
-
-
-def _reason(e):
-  text = ' '.join(str(e).split())
-  at = text.find('Ran out of memory')
-  return text[max(at, 0):][:240]
 
 
 def model_of(cfg: config_lib.Config, platform: str) -> config_lib.Model:
@@ -221,7 +238,7 @@ def shard_bytes(tree) -> float:
   return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
 
 
-def categories(compiled, state, jaxpr, model, mesh) -> dict[str, float]:
+def categories(compiled, state, jaxpr, model, mesh, interleave: int = 1) -> dict[str, float]:
   """Bytes of one device by what they are for. Parameters, moments and the total are exact; gradients are as large as
   their parameters, what the backward pass keeps is read from the traced program, and the rest is temporary."""
   found = compiled.memory_analysis()
@@ -229,35 +246,36 @@ def categories(compiled, state, jaxpr, model, mesh) -> dict[str, float]:
   rest = found.temp_size_in_bytes + max(found.output_size_in_bytes - found.alias_size_in_bytes, 0)
   gradients = min(parameters, rest)
   ways = sharding.axis_size(mesh, sharding.ACT['B']) * mesh.shape['context']
-  kept = min(kept_bytes(jaxpr, {repeats for _, _, repeats in transformer.stacks(model)}) / ways, rest - gradients)
-  if model.remat == 'offload':           # kept by the host
-    kept = 0.0
+  parts = mesh.shape['stage'] * interleave
+  lengths = {repeats // parts for _, _, repeats in transformer.stacks(model)}
+  kept = min(kept_bytes(jaxpr, lengths, pipelined=parts > 1) / ways, rest - gradients)
   return {'parameters': parameters, 'moments': everything - parameters,
           'batch': max(found.argument_size_in_bytes - everything, 0.0), 'gradients': gradients, 'activations': kept,
           'temporaries': rest - gradients - kept}
 
 
-def kept_bytes(jaxpr, lengths) -> float:
-  """Bytes that the forward scans over layers (of these lengths) stack up for the backward pass, on all devices."""
+def kept_bytes(jaxpr, lengths, pipelined: bool = False) -> float:
+  """Bytes that the forward scans over layers (of these lengths) stack up in the devices' memory for the backward pass,
+  on all devices that split rows or positions (some of it is split over `tensor` too, and counted whole). pipelined: a
+  scan around them is that over ticks, which stacks them up again; otherwise over microbatches, which does not."""
   total = 0.0
   for eqn in jaxpr.eqns:
-    if eqn.primitive.name == 'scan' and not eqn.params['reverse']:
-      stacked = eqn.outvars[eqn.params['num_carry']:]
-      if eqn.params['length'] in lengths and stacked:
-        total += sum(v.aval.size * v.aval.dtype.itemsize for v in stacked)
-        continue
-    for inner in jax.core.jaxprs_in_params(eqn.params):
-      total += kept_bytes(inner, lengths)
+    forward = eqn.primitive.name == 'scan' and not eqn.params['reverse']
+    if forward and eqn.params['length'] in lengths and eqn.outvars[eqn.params['num_carry']:]:
+      total += sum(v.aval.size * v.aval.dtype.itemsize for v in eqn.outvars[eqn.params['num_carry']:]
+                   if v.aval.memory_space != jax.memory.Space.Host)
+      continue
+    times = eqn.params['length'] if forward and pipelined else 1
+    total += times * sum(kept_bytes(inner, lengths, pipelined) for inner in jax.core.jaxprs_in_params(eqn.params))
   return total
 
 
-def _kernel_flops(cost, flops, cfg, model, devices):
+def _kernel_flops(cost, flops, cfg, model, devices, microbatches):
   """Splash attention does not tell its FLOPs: two products forward, five backward, over the keys that are seen."""
   if not any(name.startswith('splash') for name in cost.custom_calls):
     return 0.0
   layer = flops['attention_causal'] / 3 * cfg.train.batch_size * cfg.data.length / devices / model.layers
   runs = lambda part: sum(n for name, n in cost.custom_calls.items() if name.startswith('splash') and part in name)
-  microbatches = max(cfg.train.accumulate, 1)
   return layer / microbatches * (runs('fwd') + 2.5 * runs('dkv'))
 
 

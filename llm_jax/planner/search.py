@@ -70,7 +70,7 @@ def estimate(cfg: config_lib.Config, machine: Machine, slack: float = 1.0) -> Es
       sharding.axis_size(mesh, sharding.ACT['B']) * sizes['context']) / microbatches       # of a device and microbatch
   kept, temporaries = _activation_bytes(cfg, model, sizes, tokens, width)
   alive = microbatches if sizes['stage'] > 1 else 1
-  gradients = parameters * (2 if microbatches > 1 else 1)
+  gradients = parameters * (2 if microbatches > 1 and sizes['stage'] == 1 else 1)
   gathered = 3 * layers * sizes['fsdp'] / width * 2 if sizes['fsdp'] > 1 else 0
   total = state + gradients + slack * (kept * alive + temporaries + gathered)
   seconds, binding = _seconds(cfg, model, machine, sizes, microbatches, tokens, parameters, width)
@@ -104,7 +104,7 @@ def _activation_bytes(cfg, model, sizes, tokens, width):
           'offload': 0}[cfg.model.remat]
   entries = min(cfg.train.loss_chunk or model.vocab_size, model.vocab_size)
   logits = 3 * tokens * entries / tensor * 4
-  table = 2 * model.vocab_size * model.width / tensor * width
+  table = (model.vocab_size + entries) * model.width / tensor * width
   return kept * tokens * width * model.layers / sizes['stage'], tokens * everything * width * 1.5 + logits + table
 
 
@@ -143,40 +143,44 @@ def _speed(machine, sizes, axis):
   return _cache[key]
 
 
-def rank(found: Program, limit: float) -> list[Estimate]:
-  """Candidates that should fit in `limit` bytes, the fastest per token first; near ties: the config's own batch, then
-  the one that changes least."""
-  own = found.cfg
-  slack = _slack(found)
+def rank(cfg: config_lib.Config, machine: Machine, limit: float, slack: float = 1.0,
+         nearest: bool = False) -> list[Estimate]:
+  """Candidates that should fit in `limit` bytes: the fastest per token first (near ties: the config's own batch, then
+  the one that changes least), or with `nearest` those that change least first. cfg: with every size of its mesh given;
+  slack: as for `estimate`."""
   out = []
-  for cfg in candidates(own, found.machine):
+  for candidate in candidates(cfg, machine):
     try:
-      guess = estimate(cfg, found.machine, slack)
+      guess = estimate(candidate, machine, slack)
     except ConfigError:
       continue
-    if guess.bytes <= limit:
+    if guess.bytes <= limit and candidate != cfg:
       out.append(guess)
-  changes = lambda e: len(config_lib.diff(e.cfg, own))
-  return sorted(out, key=lambda e: (-round(math.log(e.tokens_per_second) / 0.03), e.cfg.train.batch_size !=
-                                    own.train.batch_size, changes(e), e.bytes))
+  changes = lambda e: len(config_lib.diff(e.cfg, cfg))
+  batch = lambda e: e.cfg.train.batch_size != cfg.train.batch_size
+  speed = lambda e: -round(math.log(e.tokens_per_second) / 0.03)
+  return sorted(out, key=lambda e: (batch(e), changes(e), speed(e)) if nearest else (
+      speed(e), batch(e), changes(e), e.bytes))
 
 
-def _slack(found: Program) -> float:
-  mesh = dataclasses.replace(found.cfg.mesh, **{axis: found.mesh[axis] for axis in sharding.AXES})
-  guess = estimate(dataclasses.replace(found.cfg, mesh=mesh), found.machine)
+def resolved(cfg: config_lib.Config, machine: Machine) -> config_lib.Config:
+  """The config with its mesh as it lies on the machine, and accumulation as it would be."""
+  mesh = sharding.make_mesh(cfg.mesh, machine.devices)
+  microbatches = step_lib.microbatches(cfg, sharding.axis_size(mesh, sharding.ACT['B']), machine.topology.platform)
+  return dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, **mesh.shape),
+                             train=dataclasses.replace(cfg.train, accumulate=microbatches))
+
+
+def slack_of(found: Program) -> float:
+  """What the compiler needed for a program's temporaries and activations, in times of their estimate."""
+  guess = estimate(resolved(found.cfg, found.machine), found.machine)
   fixed = found.memory['parameters'] + found.memory['moments'] + found.memory['gradients']
   return max((found.bytes - fixed) / max(guess.bytes - fixed, 1.0), 0.5)
 
 
 def reason(before: Program, after: Program) -> str:
   """Why the second is better, in a line."""
-  parts = []
-  if not before.fits:
-    parts.append(f'fits: {after.bytes / 2**30:.2f} instead of {before.bytes / 2**30:.2f} GiB')
   (old, old_binding), (new, new_binding) = before.step(), after.step()
   gain = (after.tokens / new) / (before.tokens / old)
-  parts.append(f'{gain:.2f}x the tokens/s, bound by {new_binding}' + (
-      '' if new_binding == old_binding else f' instead of {old_binding}'))
-  return '; '.join(parts)
-
-
+  return f'{gain:.2f}x the tokens/s, bound by {new_binding}' + (
+      '' if new_binding == old_binding else f' instead of {old_binding}')

@@ -48,13 +48,13 @@ def chunked_cross_entropy(x_BTD: jax.Array, w_VD: jax.Array, logits_fn: Callable
   """`cross_entropy` of logits_fn(x_BTD, w_VD) for about `chunk` entries of the vocabulary at a time, with the running
   maximum and sum of arXiv 1805.02867: never more than [B, T, chunk] logits exist.
 
-  logits_fn: [B, T, D] and [C, D] -> [B, T, C], unembedding and softcap. Each part of w_VD is gathered once per pass, and
-  its gradient reduced once, where chunks of positions would do both for all of it every time. The backward pass
+  logits_fn: [B, T, D] and [C, D] -> [B, T, C], unembedding and softcap. Each part of w_VD is gathered once per pass,
+  and its gradient reduced once, where chunks of positions would do both for all of it every time. The backward pass
   computes each part's logits again.
   """
   V, ways = w_VD.shape[0], sharding.ways('tensor')
-  each = min(math.ceil(chunk / ways), V // ways)             # of a device
-  parts = math.ceil(V // ways / each)
+  parts = math.ceil(V / max(chunk, ways))
+  each = math.ceil(V // ways / parts)                        # entries of a device
   padded = parts * each * ways > V
 
   def split(a, fill):                                        # [V, ...] -> [parts, ways * each, ...], where it lies

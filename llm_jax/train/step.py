@@ -39,8 +39,8 @@ def check_rows(cfg: config_lib.Config, mesh) -> None:
     raise ConfigError(f'config.model.encoder_layers: {cfg.model.encoder_layers}; training from text feeds a decoder '
                       'alone; set it to 0 (an encoder-decoder trains through train.step, with source_BS in batches)')
   if cfg.model.remat == 'offload' and isinstance(mesh, jax.sharding.Mesh) and mesh.devices.flat[0].platform == 'cpu':
-    raise ConfigError("config.model.remat: 'offload' moves layer inputs from an accelerator's memory to its host's, and "
-                      "this is a CPU; set it to 'full'")
+    raise ConfigError("config.model.remat: 'offload' moves layer inputs from an accelerator's memory to its host's, "
+                      "and this is a CPU; set it to 'full'")
   ways, stages = sharding.axis_size(mesh, sharding.ACT['B']), mesh.shape['stage']
   pipeline.check(cfg.model, stages, cfg.mesh.interleave, cfg.train.accumulate)
   for key, rows, times in (('train.batch_size', cfg.train.batch_size, max(cfg.train.accumulate, 1)),
