@@ -110,7 +110,7 @@ def test_the_search_finds_what_fits_and_is_faster():
   assert all(e.bytes <= own.bytes / 3 for e in tight) and 0 < len(tight) < len(ranked)
   least = search.rank(cfg, found.machine, own.bytes / 3, nearest=True)
   changes = [len(config_lib.diff(e.cfg, cfg)) for e in least if e.cfg.train.batch_size == 64]
-  assert changes == sorted(changes) and changes[0] < len(config_lib.diff(tight[0].cfg, cfg))
+  assert changes == sorted(changes) and changes[0] <= len(config_lib.diff(tight[0].cfg, cfg))
 
 
 def test_the_search_starts_from_the_mesh_as_it_lies():
@@ -185,7 +185,7 @@ def test_layer_inputs_wait_in_the_hosts_memory():
 
 
 @needs_libtpu
-@pytest.mark.parametrize('exchange', ['fixed', 'ragged'])
+@pytest.mark.parametrize('exchange', [pytest.param('fixed', marks=pytest.mark.slow), 'ragged'])
 def test_experts_compile_for_a_tpu(exchange):
   out = run('--config=configs/base.py', '--topology=v5e:4x4', '--tries=0', *TPU_MODEL, '--config.mesh.expert=4',
             '--config.train.batch_size=16', '--config.model.experts=8', '--config.model.expert_dim=512',
@@ -223,6 +223,7 @@ assert len(ranked) > 100, len(ranked)
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_out_of_memory_on_a_tpu_names_what_fits():
   """The compiler itself refuses; the line is the same, and what it names was compiled."""
   out = run('--config=configs/base.py', '--topology=v5e:2x2', '--tries=2', *TPU_MODEL, '--config.model.kernel=xla',

@@ -12,6 +12,7 @@ import time
 
 import jax
 import numpy as np
+from jax.extend import core as jax_core
 from jax.sharding import NamedSharding
 
 from llm_jax import config as config_lib
@@ -118,13 +119,13 @@ def machine(topology: Topology, slices: int = 1) -> Machine:
     return _tpu(topology, slices)
   if slices > 1:
     raise ConfigError(f'--slices: {topology.name} has none; leave it out')
-  if topology.platform == 'gpu' and jax.default_backend() == 'gpu' and jax.device_count() >= topology.devices and (
-      hardware.known(jax.devices()[0].device_kind) == topology.chip):
-    return Machine(topology, tuple(jax.devices()[:topology.devices]), 1, topology.chip)
   try:
     jax.config.update('jax_num_cpu_devices', topology.devices)
   except RuntimeError:
     pass                                                     # it runs already, as in tests
+  if topology.platform == 'gpu' and jax.default_backend() == 'gpu' and jax.device_count() >= topology.devices and (
+      hardware.known(jax.devices()[0].device_kind) == topology.chip):
+    return Machine(topology, tuple(jax.devices()[:topology.devices]), 1, topology.chip)
   devices = jax.devices('cpu')
   if len(devices) < topology.devices:
     raise ConfigError(f'--topology: {topology.name} needs {topology.devices} virtual CPU devices, this process has '
@@ -256,17 +257,20 @@ def categories(compiled, state, jaxpr, model, mesh, interleave: int = 1) -> dict
 
 def kept_bytes(jaxpr, lengths, pipelined: bool = False) -> float:
   """Bytes that the forward scans over layers (of these lengths) stack up in the devices' memory for the backward pass,
-  on all devices that split rows or positions (some of it is split over `tensor` too, and counted whole). pipelined: a
-  scan around them is that over ticks, which stacks them up again; otherwise over microbatches, which does not."""
+  on all devices that split rows or positions (some of it is split over `tensor` too, and counted whole). pipelined:
+  they lie in a shard_map, in a scan over ticks that stacks them up again."""
   total = 0.0
   for eqn in jaxpr.eqns:
-    forward = eqn.primitive.name == 'scan' and not eqn.params['reverse']
-    if forward and eqn.params['length'] in lengths and eqn.outvars[eqn.params['num_carry']:]:
-      total += sum(v.aval.size * v.aval.dtype.itemsize for v in eqn.outvars[eqn.params['num_carry']:]
+    inner = jax_core.jaxprs_in_params(eqn.params)
+    if pipelined and eqn.primitive.name == 'shard_map':
+      ticks = [e for j in inner for e in j.eqns if e.primitive.name == 'scan' and not e.params['reverse']]
+      total += sum(e.params['length'] * kept_bytes(e.params['jaxpr'].jaxpr, lengths) for e in ticks)
+    elif not pipelined and eqn.primitive.name == 'scan' and not eqn.params['reverse'] and (
+        eqn.params['length'] in lengths) and (stacked := eqn.outvars[eqn.params['num_carry']:]):
+      total += sum(v.aval.size * v.aval.dtype.itemsize for v in stacked
                    if v.aval.memory_space != jax.memory.Space.Host)
-      continue
-    times = eqn.params['length'] if forward and pipelined else 1
-    total += times * sum(kept_bytes(inner, lengths, pipelined) for inner in jax.core.jaxprs_in_params(eqn.params))
+    else:
+      total += sum(kept_bytes(j, lengths, pipelined) for j in inner)
   return total
 
 
