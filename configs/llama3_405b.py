@@ -11,6 +11,5 @@ import llama3_8b
 def get_config():
   config = llama3_8b.llama3('llama3_405b')
   config.train.batch_size = 512
-  config.mesh.tensor = 4
   config.optimizer.learning_rate = 8e-5
   return config

@@ -10,7 +10,7 @@ import llama3_8b
 
 PODS = {
     'v5p-128': (dict(batch_size=64), dict()),                                   # 64 chips
-    'v6e-256': (dict(batch_size=256), dict(fsdp=64, tensor=4)),                 # 256 chips
+    'v6e-256': (dict(batch_size=256), dict()),                                  # 256 chips
 }
 
 

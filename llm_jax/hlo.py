@@ -125,7 +125,8 @@ class Computation:
 def parse(text: str) -> tuple[dict[str, Computation], str]:
   """The computations of a module by name, and the name of its entry."""
   text, computations, entry = re.sub(r'"body":"[^"]*"', '', text), {}, ''      # megabytes of Pallas code
-  for m in re.finditer(r'^(ENTRY )?%([\w.-]+) .*\{\n((?:.*\n)*?)\}$', text, re.M):
+  thread = r'(?:, execution_thread="\w+")?'                                    # what a TPU's SparseCores run
+  for m in re.finditer(rf'^(ENTRY )?%([\w.-]+) .*\{{\n((?:.*\n)*?)\}}{thread}$', text, re.M):
     lines = re.split(r'\n(?=\s+(?:ROOT )?%\S+ = )', '\n' + m[3])[1:]           # an attribute may have line breaks
     ops = [parse_op(line) for line in lines]
     root = next((op.name for op, line in zip(ops, lines) if re.match(r'\s*ROOT ', line)), ops[-1].name)
@@ -201,9 +202,6 @@ class Program:
   def total(self, name: str, env: dict[int, int], fused: bool) -> collections.Counter:
     """One execution of a computation, by (what, which). env: the elements of its parameter that are known numbers."""
     total = collections.Counter()
-    if name not in self.computations:              # some kernels name a computation that the text does not print
-      total['call', name] += 1
-      return total
     comp = self.computations[name]
     for op in comp.ops.values():
       kind, inner, times = op.opcode.removesuffix('-start'), None, 1

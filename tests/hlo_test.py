@@ -88,6 +88,31 @@ def test_only_slices_of_a_buffer_move():
   assert 2 * 1000 * 64 * 4 <= stacked.bytes < 4 * 1000 * 64 * 4
 
 
+SPARSECORE = '''HloModule m, is_scheduled=true
+
+%inner (p: f32[8,8]) -> f32[8,8] {
+  %p = f32[8,8]{1,0} parameter(0)
+  ROOT %copy = f32[8,8]{1,0} copy(%p)
+}, execution_thread="sparsecore"
+
+%fused (q: f32[8,8]) -> f32[8,8] {
+  %q = f32[8,8]{1,0} parameter(0)
+  ROOT %negated = f32[8,8]{1,0} negate(%q)
+}
+
+ENTRY %main (x: f32[8,8]) -> f32[8,8] {
+  %x = f32[8,8]{1,0} parameter(0)
+  %a = f32[8,8]{1,0} call(%x), to_apply=%inner
+  ROOT %b = f32[8,8]{1,0} fusion(%a), kind=kLoop, calls=%fused
+}
+'''
+
+
+def test_what_the_sparsecores_run_is_read_too():
+  """v5p and v6e print such computations with another end; the one behind it must not be lost either."""
+  assert hlo.count(SPARSECORE, SHAPE).bytes == 4 * 8 * 8 * 4
+
+
 RING = [(0, 1), (1, 2), (2, 3), (3, 0)]
 
 

@@ -139,6 +139,7 @@ def _tpu(topology, slices):
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-16')
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')          # nothing runs: two plans do not disturb each other
   try:
     import libtpu  # noqa: F401
   except ImportError as e:
@@ -191,6 +192,8 @@ def compile_step(cfg: config_lib.Config, machine: Machine) -> Program:
       text = ' '.join(str(e).split())
       if needed := re.search(r'Used ([\d.]+)([MGT]) of [\d.]+[MGT] hbm', text):
         raise OutOfMemory(float(needed[1]) * dict(M=2**20, G=2**30, T=2**40)[needed[2]]) from e
+      if needed := re.search(r'Allocation \(size=(\d+)\) would exceed memory', text):         # of one array alone
+        raise OutOfMemory(float(needed[1])) from e
       raise ConfigError(f'{machine.topology.name}: {text[:240]}') from e
   cost = hlo.count(compiled.as_text(), dict(mesh.shape))
   flops = metrics.flops_per_token(model, cfg.data.length)
