@@ -272,5 +272,6 @@ def test_the_warning_that_fails_a_mesh_is_seen(capfd):
   rows = NamedSharding(mesh, P(('data', 'fsdp', 'tensor')))
   columns = NamedSharding(mesh, P(None, ('tensor', 'fsdp')))
   x = jax.ShapeDtypeStruct((64, 64), 'float32', sharding=rows)
-  jax.jit(lambda x: 2 * jax.lax.with_sharding_constraint(jnp.sin(x), rows), out_shardings=columns).lower(x).compile()
+  f = lambda x: jnp.cos(jax.lax.with_sharding_constraint(jnp.sin(x), rows)) * 2
+  jax.jit(lambda x: jax.lax.with_sharding_constraint(f(x), columns), out_shardings=columns).lower(x).compile()
   assert 'ematerialization' in capfd.readouterr().err
