@@ -289,9 +289,9 @@ def test_factored_moments_lose_the_reduced_letter():
   assert state.v_row['embed_VD'] == P('fsdp') and state.v_col['embed_VD'] == P('tensor')          # (160, 128)
   assert state.v_row['unembed_DV'] == P('fsdp') and state.v_col['unembed_DV'] == P('tensor')
   mlp = (state.v_row['blocks0']['mlp'], state.v_col['blocks0']['mlp'])
-  assert [m['w_up_DF'] for m in mlp] == [P(None, 'fsdp'), P(None, 'tensor')]
-  assert [m['w_down_FD'] for m in mlp] == [P(None, 'fsdp'), P(None, 'tensor')]
-  assert state.v['blocks0']['attention']['w_q_DNH'] == P(None, 'fsdp', 'tensor', None)            # 4 x 32: not factored
+  assert [m['w_up_DF'] for m in mlp] == [P('stage', 'fsdp'), P('stage', 'tensor')]
+  assert [m['w_down_FD'] for m in mlp] == [P('stage', 'fsdp'), P('stage', 'tensor')]
+  assert state.v['blocks0']['attention']['w_q_DNH'] == P('stage', 'fsdp', 'tensor', None)         # 4 x 32: not factored
   assert state.v['embed_VD'] == P()
 
 
@@ -310,7 +310,7 @@ def test_factored_specs_follow_optax_for_square_matrices_too():
   for field in ('v_row', 'v_col'):
     for path, moment in jax.tree_util.tree_leaves_with_path(getattr(state, field)):
       spec = getattr(specs, field)[path[0].key][path[1].key]
-      assert spec == P(None, 'fsdp' if float(jnp.ptp(moment)) > 0 else 'tensor'), (field, path)
+      assert spec == P('stage', 'fsdp' if float(jnp.ptp(moment)) > 0 else 'tensor'), (field, path)
 
 
 @pytest.mark.parametrize('name', ['adafactor', 'muon'])
