@@ -1,5 +1,7 @@
-"""The lines of README's code blocks run as they stand there; training lines with a tiny model and few steps."""
+"""The lines of README's code blocks run as they stand there; training lines with a tiny model and few steps, plans
+of a small one."""
 import gzip
+import importlib.util
 import json
 import os
 import pathlib
@@ -18,6 +20,8 @@ TINY = ['--config.train.steps=2', '--config.train.minutes=0.0', '--config.model.
         '--config.eval.samples=1', '--config.eval.max_tokens=4', '--config.tokenizer.kind=byte',
         '--config.log.tensorboard=False', '--config.eval.prompts=()', '--config.eval.batch_size=256',
         '--config.eval.python=False']
+SMALL = ['--tries=0', '--config.model.width=512', '--config.model.heads=4', '--config.model.kv_heads=4',
+         '--config.model.mlp_dim=1024']
 
 
 def blocks(language):
@@ -74,6 +78,10 @@ def test_every_command_line_runs(home):
     words = [sys.executable, *words[1:], *(TINY if words[2] == 'llm_jax.main' else ())]
     if words[2] == 'llm_jax.sample':
       words += ['--max_tokens=4']
+    if words[2] == 'llm_jax.plan':
+      if importlib.util.find_spec('libtpu') is None:         # the extra of that line
+        continue
+      words += SMALL
     done = subprocess.run(words, cwd=home, env=environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f'{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}'
     ran.append(words[2])
