@@ -45,17 +45,17 @@ def main(argv: list[str]) -> int:
     from llm_jax.planner import program, search
     machine = program.machine(topology, int(flags['slices']))
     print(f'compiling for {_describe(machine)} ...', flush=True)
-    found, need = None, 0.0
+    own, found, need = search.resolved(cfg, machine), None, 0.0
     try:
       found = program.compile_step(cfg, machine)
       need = found.bytes
       print(report(found), flush=True)
     except program.OutOfMemory as e:           # of a TPU's compiler, which then says nothing more
       need = e.bytes
-    better = improve(search.resolved(cfg, machine), machine, found, int(flags['tries']), search, program)
+    better = improve(own, machine, found, int(flags['tries']), search, program)
     if found and found.fits:
       return 0
-    nearest = f'; nearest that fits: {_changes(search.resolved(cfg, machine), better.cfg)}' if better else ''
+    nearest = f'; nearest that fits: {_changes(own, better.cfg)}' if better else ''
     print(f'error: out of memory: {topology.name} has {machine.chip.memory / GIB:.2f} GiB per device, this config '
           f'needs {need / GIB:.2f} GiB{nearest}', file=sys.stderr)
     return 1

@@ -109,7 +109,7 @@ ENTRY %main (x: f32[8,8]) -> f32[8,8] {
 
 
 def test_what_the_sparsecores_run_is_read_too():
-  """v5p and v6e print such computations with another end; the one behind it must not be lost either."""
+  """v5p programs print such computations with another end; the one behind it must not be lost either."""
   assert hlo.count(SPARSECORE, SHAPE).bytes == 4 * 8 * 8 * 4
 
 
