@@ -9,6 +9,7 @@ batch that the compiler confirms.
 --topology=NAME   v5e:16x16 (or v5e-256), v5p-128, h100:64, cpu:8, ...; an unknown one lists those that are known
 --slices=N        slices of that TPU topology (default 1)
 --tries=N         other configs to compile at most (default 2; 0: only the given one)
+--full            compile with the effort of training (on TPUs three to seven times as long)
 --debug           full tracebacks
 """
 import os
@@ -22,7 +23,7 @@ GIB = 2**30
 
 def parse(argv: list[str]):
   """(Config, flags). Raises ConfigError."""
-  cfg, flags = config_lib.from_flags(argv, dict(topology=None, slices='1', tries='2', debug=False))
+  cfg, flags = config_lib.from_flags(argv, dict(topology=None, slices='1', tries='2', full=False, debug=False))
   for name in ('slices', 'tries'):
     if not flags[name].isdecimal() or name == 'slices' and flags[name] == '0':
       raise ConfigError(f'--{name}: expected a number, got {flags[name]!r}')
@@ -47,12 +48,12 @@ def main(argv: list[str]) -> int:
     print(f'compiling for {_describe(machine)} ...', flush=True)
     own, found, need = search.resolved(cfg, machine), None, 0.0
     try:
-      found = program.compile_step(cfg, machine)
+      found = program.compile_step(cfg, machine, flags['full'])
       need = found.bytes
       print(report(found), flush=True)
     except program.OutOfMemory as e:           # of a TPU's compiler, which then says nothing more
       need = e.bytes
-    better = improve(own, machine, found, int(flags['tries']), search, program)
+    better = improve(own, machine, found, int(flags['tries']), flags['full'], search, program)
     if found and found.fits:
       return 0
     nearest = f'; nearest that fits: {_changes(own, better.cfg)}' if better else ''
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> int:
     return 1
 
 
-def improve(cfg, machine, found, tries: int, search, program):
+def improve(cfg, machine, found, tries: int, full: bool, search, program):
   """Compiles the best candidates, `tries` at most, and prints the first that the compiler confirms; returns it, or
   None. cfg: resolved; found: its Program, None where it does not even compile. Where the config fits, what is faster is
   better; where it does not, what fits and changes least."""
@@ -75,7 +76,7 @@ def improve(cfg, machine, found, tries: int, search, program):
   for guess in ranked[:tries]:
     changes = _changes(cfg, guess.cfg)
     try:
-      other = program.compile_step(guess.cfg, machine)
+      other = program.compile_step(guess.cfg, machine, full)
     except ConfigError as e:
       print(f'  no: {changes}: {e}', flush=True)
       continue
@@ -107,7 +108,8 @@ def report(p) -> str:
       f'mesh       {mesh}; {p.microbatches} microbatch(es) of {p.cfg.train.batch_size // p.microbatches} x '
       f'{p.cfg.data.length} tokens; attention {p.kernel}, {p.model.dtype}, remat {p.model.remat}',
       f'model      {p.parameters:,} parameters, {p.model_flops * p.tokens:.3e} FLOPs per step by the MFU convention',
-      f'compiled   in {p.seconds:.0f} s', '',
+      f'compiled   in {p.seconds:.0f} s' + (' with little effort: --full tells the memory exactly' if p.quick
+                                            else ''), '',
       f'memory     {p.bytes / GIB:.2f} GiB per device {limit}']
   lines += [f'  {name:<14}{size / GIB:8.3f} GiB' for name, size in p.memory.items()]
   lines += [f'  (host memory {p.host / GIB:8.3f} GiB)'] if p.host else []

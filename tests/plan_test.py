@@ -175,6 +175,32 @@ def test_a_tpu_program_reduces_and_scatters_gradients():
 
 
 @needs_libtpu
+def test_little_effort_changes_neither_flops_nor_what_is_sent():
+  """What nears the memory (here: everything) is compiled again as training would, another program of the same work."""
+  code = f"""
+import os; os.environ['JAX_PLATFORMS'] = 'cpu'
+from llm_jax import config, hardware
+from llm_jax.planner import program
+machine = program.machine(hardware.topology('v5e:4x4'))
+cfg, _ = config.from_flags(['--config=configs/base.py', '--config.train.batch_size=16', *{TPU_MODEL}], dict())
+program.Program.step = lambda self: (1.0, 'matrix products')         # so small a model is bound by traffic
+quick = program.compile_step(cfg, machine)
+program.ROOM = 0
+again = program.compile_step(cfg, machine)
+assert quick.quick and not again.quick, quick.times()
+assert quick.times() != again.times()
+assert abs(quick.flops / again.flops - 1) < 0.01, (quick.flops, again.flops)
+sent = lambda p: {{(c.kind, c.axes): c.bytes for c in p.cost.collectives if c.bytes > 1e5}}
+assert sent(quick).keys() == sent(again).keys(), (sent(quick), sent(again))
+for kind, bytes in sent(quick).items():
+  assert abs(bytes / sent(again)[kind] - 1) < 0.05, (kind, sent(quick), sent(again))
+"""
+  out = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=300, env={
+      k: v for k, v in os.environ.items() if k not in ('XLA_FLAGS', 'JAX_PLATFORMS')})
+  assert out.returncode == 0, out.stderr
+
+
+@needs_libtpu
 def test_layer_inputs_wait_in_the_hosts_memory():
   """remat=offload: what full remat keeps on the device, 8 layers x 1 row x 256 x 512 in bfloat16, the host keeps."""
   out = run('--config=configs/base.py', '--topology=v5e:4x4', '--tries=0', *TPU_MODEL, '--config.train.batch_size=16',

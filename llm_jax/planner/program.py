@@ -3,6 +3,7 @@
 TPU programs are real ones: libtpu compiles for its topologies on any machine. A GPU's are stood in for by a CPU program
 partitioned over as many virtual devices, unless the GPUs are here.
 """
+import contextlib
 import dataclasses
 import functools
 import math
@@ -25,6 +26,8 @@ from llm_jax.train import optimizer as optimizer_lib
 from llm_jax.train import step as step_lib
 
 HOST = 15e9       # bytes/s between a TPU and its host's memory, roughly (jax-ml.github.io/scaling-book)
+ROOM = 0.8        # of a chip's memory: what was compiled quickly and needs more is compiled again
+TRAFFIC = 'memory bandwidth'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Program:
   model_flops: float                   # per token, as in MFU
   spans: dict[tuple, tuple[float, str]]     # mesh axes of a collective -> (bytes/s of a device, network)
   seconds: float                       # to trace, lower and compile
+  quick: bool                          # with little effort at the program's speed
 
   @property
   def bytes(self) -> float:
@@ -81,7 +85,7 @@ class Program:
     chip = self.machine.chip
     out = {'matrix products': self.flops / chip.flops}
     if chip.bandwidth:
-      out['memory bandwidth'] = self.cost.bytes / chip.bandwidth
+      out[TRAFFIC] = self.cost.bytes / chip.bandwidth
     repeats = 1 if self.mesh['stage'] > 1 else self.microbatches       # a pipeline's microbatches share one pass
     if self.host:
       out['transfers to host memory'] = 2 * self.host * repeats / HOST
@@ -167,9 +171,12 @@ def _copy_seconds(a):
   return time.perf_counter() - start
 
 
-def compile_step(cfg: config_lib.Config, machine: Machine) -> Program:
-  """Compiles the step of a config as the training loop would. Raises ConfigError as the loop would, and OutOfMemory
-  where a TPU's compiler finds no room for it."""
+def compile_step(cfg: config_lib.Config, machine: Machine, full: bool = False) -> Program:
+  """Compiles the step of a config: the program of the training loop. On TPUs with little effort at its speed at first,
+  in a third of the time or less: FLOPs and what is sent are the same, temporaries differ by a few GiB, and memory
+  traffic is an upper estimate. Where that comes near the chip's memory (ROOM), or traffic is what binds, it is compiled
+  again as training would, as everything is with full=True. Raises ConfigError as the loop would, and OutOfMemory where
+  a TPU's compiler finds no room for it."""
   start = time.monotonic()
   platform = machine.topology.platform
   if machine.stand_in and cfg.model.remat == 'offload':
@@ -186,24 +193,36 @@ def compile_step(cfg: config_lib.Config, machine: Machine) -> Program:
   step = step_lib.make_train_step(cfg, model, tx, kernel, microbatches)
   with jax.set_mesh(mesh):
     traced = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).trace(state, abstract_batch(cfg, mesh))
-    try:
-      compiled = traced.lower().compile(step_lib.compiler_options(compiled_for))
-    except jax.errors.JaxRuntimeError as e:
-      text = ' '.join(str(e).split())
-      if needed := re.search(r'Used ([\d.]+)([MGT]) of [\d.]+[MGT] hbm', text):
-        raise OutOfMemory(float(needed[1]) * dict(M=2**20, G=2**30, T=2**40)[needed[2]]) from e
-      if needed := re.search(r'Allocation \(size=(\d+)\) would exceed memory', text):         # of one array alone
-        raise OutOfMemory(float(needed[1])) from e
-      raise ConfigError(f'{machine.topology.name}: {text[:240]}') from e
-  cost = hlo.count(compiled.as_text(), dict(mesh.shape))
-  flops = metrics.flops_per_token(model, cfg.data.length)
-  return Program(
-      cfg, model, machine, dict(mesh.shape), microbatches, kernel, transformer.count(state['params']),
-      categories(compiled, state, traced.jaxpr, model, mesh, cfg.mesh.interleave),
-      float(compiled.memory_analysis().host_temp_size_in_bytes), cost,
-      cost.flops + _kernel_flops(cost, flops, cfg, model, len(machine.devices) // mesh.shape['stage'], microbatches),
-      flops['causal'],
-      {c.axes: span(machine, mesh, c.axes) for c in cost.collectives}, time.monotonic() - start)
+    lowered = traced.lower()
+
+  def read(compiled, quick) -> Program:
+    cost, flops = hlo.count(compiled.as_text(), dict(mesh.shape)), metrics.flops_per_token(model, cfg.data.length)
+    in_kernels = _kernel_flops(cost, flops, cfg, model, len(machine.devices) // mesh.shape['stage'], microbatches)
+    return Program(
+        cfg, model, machine, dict(mesh.shape), microbatches, kernel, transformer.count(state['params']),
+        categories(compiled, state, traced.jaxpr, model, mesh, cfg.mesh.interleave),
+        float(compiled.memory_analysis().host_temp_size_in_bytes), cost, cost.flops + in_kernels, flops['causal'],
+        {c.axes: span(machine, mesh, c.axes) for c in cost.collectives}, time.monotonic() - start, quick)
+
+  options = step_lib.compiler_options(compiled_for)
+  if platform == 'tpu' and not full:
+    with contextlib.suppress(OutOfMemory):
+      program = read(_compile(lowered, dict(exec_time_optimization_effort=-1.0), machine), quick=True)
+      if program.bytes <= ROOM * machine.chip.memory and program.step()[1] != TRAFFIC:
+        return program
+  return read(_compile(lowered, options, machine), quick=False)
+
+
+def _compile(lowered, options, machine):
+  try:
+    return lowered.compile(options)
+  except jax.errors.JaxRuntimeError as e:
+    text = ' '.join(str(e).split())
+    if needed := re.search(r'Used ([\d.]+)([MGT]) of [\d.]+[MGT] hbm', text):
+      raise OutOfMemory(float(needed[1]) * dict(M=2**20, G=2**30, T=2**40)[needed[2]]) from e
+    if needed := re.search(r'Allocation \(size=(\d+)\) would exceed memory', text):         # of one array alone
+      raise OutOfMemory(float(needed[1])) from e
+    raise ConfigError(f'{machine.topology.name}: {text[:240]}') from e
 
 
 def model_of(cfg: config_lib.Config, platform: str) -> config_lib.Model:
