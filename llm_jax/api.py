@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax import checkpoint as checkpoint_lib
 from llm_jax import config as config_lib
 from llm_jax.config import ConfigError
-from llm_jax.data import tokenizer as tokenizer_lib
 from llm_jax.generate import sampling
+from llm_jax.interop import load as interop
 from llm_jax.models import transformer
 
 
@@ -21,6 +20,8 @@ class Model:
   params: dict = dataclasses.field(repr=False)
   tokenizer: object = dataclasses.field(repr=False)
   shape: config_lib.Model = dataclasses.field(repr=False)    # config.model with nothing left to derive
+  chat_template: str | None = dataclasses.field(repr=False, default=None)    # Jinja, where the model came with one
+  origin: str = ''                                           # what was loaded, in words
 
   def logits(self, token_BT) -> jax.Array:
     """float32 [B, T, V]: what follows each token. Raises ConfigError for anything but rows of ids of the vocabulary."""
@@ -88,17 +89,12 @@ def _activations(shape, names, params, token_BT):
 
 
 def load(path, step: int | None = None, ema: bool = False, dtype: str | None = None, verify: bool = True) -> Model:
-  """The model of a run directory (newest sound step, or `step`) or of one of its checkpoints/STEP folders.
+  """The model at `path`: a run directory (newest sound step, or `step`), one of its checkpoints/STEP folders, a Hugging
+  Face directory, a .gguf file, or hf:org/name.
 
   ema: the parameters' moving average, where the run keeps one. dtype: 'float32' or 'bfloat16' to compute in, instead of
-  the config's. verify: False does not compare the files with their hashes, for speed. Placed on the mesh set by
-  jax.set_mesh, or on one device. Raises ConfigError for what is no such folder.
+  the config's. verify: False does not compare a run's files with their hashes, for speed. Placed on the mesh set by
+  jax.set_mesh, or on one device. Raises ConfigError for what is none of these.
   """
-  found = checkpoint_lib.find(path, step, ('params', 'ema') if ema else ('params',), verify)
-  config = checkpoint_lib.config_of(found)
-  if dtype is not None:
-    config = config_lib.check(dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype)))
-  tokenizer = tokenizer_lib.load(found.tokenizer)
-  mesh = jax.sharding.get_mesh()
-  params = checkpoint_lib.restore_params(found, mesh=None if mesh.empty else mesh, ema=ema)
-  return Model(config, params, tokenizer, config_lib.derive(config.model, tokenizer.vocab_size, config.data.length))
+  m = interop.load(path, step=step, ema=ema, dtype=dtype, verify=verify)
+  return Model(m.config, m.params, m.tokenizer, m.shape, m.chat_template, m.origin)

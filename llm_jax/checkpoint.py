@@ -298,7 +298,7 @@ def restore(path, step: int | None = None, abstract_state=None, change_dtype: bo
   found = find(path, step, ITEMS, verify)
   saved = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (dtype, shape) in found.arrays.items()}
   if abstract_state is None:
-    return _nest(_read_arrays(found.folder, saved))
+    return nest(_read_arrays(found.folder, saved))
   wanted = _flat(abstract_state)
   _check_fit(found.folder, saved, wanted, change_dtype)
   placed = {n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=wanted[n].sharding) for n, s in saved.items()}
@@ -315,12 +315,12 @@ def restore_params(path, step: int | None = None, mesh: jax.sharding.Mesh | None
   """
   found = find(path, step, ('params', 'ema') if ema else ('params',), verify)
   item = 'ema' if ema and any(name.startswith('ema/') for name in found.arrays) else 'params'
-  tree = _nest({n: jax.ShapeDtypeStruct(shape, dtype) for n, (dtype, shape) in found.arrays.items()
+  tree = nest({n: jax.ShapeDtypeStruct(shape, dtype) for n, (dtype, shape) in found.arrays.items()
                 if n.startswith(item + '/')})
   if mesh is not None:
     shardings = sharding_lib.named(mesh, sharding_lib.param_specs(tree[item], mesh))
     tree = {item: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree[item], shardings)}
-  return _nest(_read_arrays(found.folder, _flat(tree)))[item]
+  return nest(_read_arrays(found.folder, _flat(tree)))[item]
 
 
 def _check_fit(folder, saved, wanted, change_dtype):
@@ -377,7 +377,7 @@ def _flat(tree) -> dict:
           for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _nest(flat: dict) -> dict:
+def nest(flat: dict) -> dict:
   tree = {}
   for name, x in flat.items():
     *parents, leaf = name.split('/')
@@ -390,7 +390,7 @@ def _nest(flat: dict) -> dict:
 
 def _by_item(flat: dict) -> dict:
   """The trees of state/: params and ema apart from the rest, so that they can be read without it."""
-  tree = _nest(flat)
+  tree = nest(flat)
   trees = {item: tree.pop(item) for item in ('params', 'ema') if item in tree}
   return trees | ({'train': tree} if tree else {})
 

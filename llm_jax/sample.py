@@ -12,7 +12,8 @@ from llm_jax.config import ConfigError
 
 def parse(args):
   parser = config_lib.Parser('llm_jax.sample', __doc__)
-  parser.add_argument('--model', required=True, help='a run directory, or one of its checkpoints/STEP folders')
+  parser.add_argument('--model', required=True, help='a run directory, one of its checkpoints/STEP folders, '
+                      'a Hugging Face directory, a .gguf file, or hf:org/name')
   parser.add_argument('--prompt', action='append', help="text to continue; may be repeated; '-' reads stdin")
   parser.add_argument('--max_tokens', type=int, default=128)
   parser.add_argument('--temperature', type=float, default=0.8, help='0 is greedy')
@@ -64,17 +65,16 @@ def run(flags) -> None:
   options = dict(max_tokens=flags.max_tokens, temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p,
                  min_p=flags.min_p, repetition_penalty=flags.repetition_penalty, stop=tuple(flags.stop),
                  seed=flags.seed, n=flags.n)
-  from llm_jax import api, checkpoint
+  from llm_jax import api
   from llm_jax.generate import sampling
   sampling.Options(**options)                # a wrong option fails before the model is read
   with mesh(flags.fsdp, flags.tensor):
-    found = checkpoint.find(flags.model, flags.step, ('params', 'ema') if flags.ema else ('params',),
-                            not flags.no_verify)
-    results = generate(api.load(found, ema=flags.ema), prompts, flags, options)
+    model = api.load(flags.model, flags.step, flags.ema, verify=not flags.no_verify)
+    results = generate(model, prompts, flags, options)
   made = sum(len(r.tokens) for r in results)
   seconds = max(r.seconds for r in results)
   print(f'{made} tokens in {seconds:.2f} s ({made / max(seconds, 1e-9):,.0f} tok/s after compiling); '
-        f'step {found.step}, {found.verified}', file=sys.stderr)
+        f'{model.origin}', file=sys.stderr)
 
 
 def mesh(fsdp: int, tensor: int):

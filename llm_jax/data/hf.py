@@ -8,6 +8,11 @@ import numpy as np
 from llm_jax.config import ConfigError
 from llm_jax.data.tokenizer import SPACE, SPECIALS, Tokenizer
 
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+# The characters that stand for bytes in byte-level tokens (GPT-2).
+BYTE_OF = {chr(b): b for b in _PRINTABLE} | {
+    chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in _PRINTABLE)}
+
 
 class HuggingFace(Tokenizer):
   """Ids and text are the library's, with add_special_tokens=False and special tokens in text taken as text."""
@@ -67,10 +72,7 @@ class HuggingFace(Tokenizer):
 def _token_bytes(decoder, vocab, added, size):
   """Bytes of each id where tokens stand for bytes (GPT-2) or U+2581 and <0xNN> (Llama); None for other decoders."""
   if '"ByteLevel"' in decoder:
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    other = [b for b in range(256) if b not in printable]
-    byte_of = {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(other)}
-    spell = lambda token: bytes([byte_of[c] for c in token])
+    spell = lambda token: bytes([BYTE_OF[c] for c in token])
   elif '"ByteFallback"' in decoder or '"Metaspace"' in decoder:
     spell = lambda t: bytes([int(t[3:5], 16)]) if re.fullmatch('<0x[0-9A-F]{2}>', t) else t.replace(SPACE, ' ').encode()
   else:
@@ -89,7 +91,7 @@ def load(path: pathlib.Path) -> HuggingFace:
   folder = path if path.is_dir() else path.parent
   file = path / 'tokenizer.json' if path.is_dir() else path
   if file.is_file():
-    return HuggingFace(file.read_bytes(), _roles(folder, file.read_bytes()))
+    return HuggingFace(file.read_bytes(), roles_of(folder, file.read_bytes()))
   vocab, merges = sorted(folder.glob('*vocab.json')), sorted(folder.glob('*merges.txt'))
   if not (path.is_dir() and vocab and merges):
     raise ConfigError(f'config.tokenizer.path: expected a tokenizer.json, or a folder with one or with vocab.json and '
@@ -102,7 +104,7 @@ def load(path: pathlib.Path) -> HuggingFace:
   return HuggingFace(made.to_str().encode(), dict(bos='<|endoftext|>', eos='<|endoftext|>'))
 
 
-def _roles(folder, model):
+def roles_of(folder, model):
   """Which tokens are bos, eos and pad: as the files beside a tokenizer.json say, else by their usual names."""
   said = {}
   for name in ('special_tokens_map.json', 'tokenizer_config.json'):

@@ -1,0 +1,238 @@
+"""Any model by path: a run directory or checkpoint of ours, a Hugging Face directory, a .gguf file, or hf:org/name.
+
+Weights stream from the files to the devices that hold them: a leaf's buffers are filled tensor by tensor and become its
+array, so the host never holds more than the model once and one tensor.
+"""
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterable
+
+import jax
+import numpy as np
+
+from llm_jax import checkpoint as checkpoint_lib
+from llm_jax import config as config_lib
+from llm_jax import paths
+from llm_jax import sharding as sharding_lib
+from llm_jax.config import ConfigError
+from llm_jax.data import tokenizer as tokenizer_lib
+from llm_jax.interop import families, gguf, gguf_model, hf, layout, vocabulary
+from llm_jax.models.attention import compute_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """A model from anywhere. params: nested dict of arrays, as training keeps them; dtype: what its files hold."""
+  config: config_lib.Config
+  params: dict = dataclasses.field(repr=False)
+  tokenizer: tokenizer_lib.Tokenizer = dataclasses.field(repr=False)
+  chat_template: str | None = dataclasses.field(repr=False)
+  family: str                   # of Hugging Face's names; '' for a model of ours
+  dtype: str
+  origin: str                   # where from, and what was verified, in words
+
+  @property
+  def shape(self) -> config_lib.Model:
+    """config.model with nothing left to derive."""
+    return config_lib.derive(self.config.model, self.tokenizer.vocab_size, self.config.data.length)
+
+
+def load(path, *, step: int | None = None, ema: bool = False, dtype: str | None = None, verify: bool = True,
+         mesh=None) -> Loaded:
+  """The model at `path`, on the mesh (default: the one set by jax.set_mesh, or one device).
+
+  step, ema, verify: of our own checkpoints (checkpoint.find). dtype: 'float32' or 'bfloat16' to compute in, instead of
+  the model's. Raises ConfigError for what is no model, or cannot be run exactly.
+  """
+  mesh = jax.sharding.get_mesh() if mesh is None else mesh
+  mesh = None if mesh.empty else mesh
+  if isinstance(path, checkpoint_lib.Step):
+    return _own(path, step, ema, dtype, verify, mesh)
+  kind, place = kind_of(path)
+  if kind == 'own':
+    return _own(place, step, ema, dtype, verify, mesh)
+  if step is not None or ema:
+    raise ConfigError(f'{path}: {"step" if step is not None else "ema"} is of run directories; this is a model alone')
+  return _hf(place, dtype, mesh) if kind == 'hf' else _gguf(place, dtype, mesh)
+
+
+def kind_of(path) -> tuple[str, object]:
+  """('own' | 'hf' | 'gguf', where it lies). Raises ConfigError saying what was expected."""
+  if str(path).startswith('hf:'):
+    from llm_jax.interop import hub
+    path = hub.download(str(path).removeprefix('hf:'))
+  if '://' in str(path):
+    return 'own', paths.open_path(path)
+  path = pathlib.Path(path).expanduser()
+  if path.suffix in ('.bin', '.pt', '.pth', '.ckpt', '.pkl'):
+    raise ConfigError(f'{path}: can run any program when it is read; convert it in a place you trust, with '
+                      'AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW) of the transformers library')
+  if path.is_file():
+    if path.suffix == '.gguf':
+      return 'gguf', path
+    raise ConfigError(f'{path}: expected a directory or a .gguf file; of a Hugging Face model give the directory')
+  if (path / 'config.json').is_file() and not (path / 'checkpoints').is_dir() and not (path / 'meta.json').is_file():
+    return 'hf', path
+  ggufs = sorted(path.glob('*.gguf')) if path.is_dir() else []
+  if len(ggufs) == 1 and not (path / 'checkpoints').is_dir():
+    return 'gguf', ggufs[0]
+  return 'own', paths.open_path(path)
+
+
+def _own(path, step, ema, dtype, verify, mesh) -> Loaded:
+  found = checkpoint_lib.find(path, step, ('params', 'ema') if ema else ('params',), verify)
+  config = _computing_in(checkpoint_lib.config_of(found), dtype)
+  params = checkpoint_lib.restore_params(found, mesh=mesh, ema=ema)
+  return Loaded(config, params, tokenizer_lib.load(found.tokenizer), found.extra.get('chat_template'),
+                found.extra.get('family', ''), 'float32', f'step {found.step}, {found.verified}')
+
+
+def _hf(folder: pathlib.Path, dtype, mesh) -> Loaded:
+  said = hf.read_json(folder / 'config.json')
+  family, model = families.model_of(said, str(folder / 'config.json'))
+  weights = hf.Weights(folder)
+  tokenizer = tokenizer_lib.load(folder / 'tokenizer') if (folder / 'tokenizer/meta.json').is_file() else (
+      vocabulary.from_folder(folder))
+  if tokenizer is None:
+    raise ConfigError(f'{folder}: no tokenizer.json, tokenizer.model, vocab.json with merges.txt or *.tiktoken')
+  older = family.name == 'falcon' and not said.get('new_decoder_architecture', False)
+  links = list(layout.hf_links(family.name, model, shared_norm=older and model.parallel_residual))
+  if family.name == 'falcon' and older and not model.parallel_residual:
+    links = [dataclasses.replace(link, name=link.name.replace('ln_attn', 'input_layernorm').replace(
+        'ln_mlp', 'post_attention_layernorm')) for link in links]
+  links = match(links, weights.shapes, str(folder))
+  config = config_of(model, dtype)
+  kinds = {link.name: weights.shapes[link.name][1] for link in links}
+  params = place(links, weights.read, kinds, layout.leaf_shapes(model), config.model, mesh)
+  stored = 'bfloat16' if np.dtype(hf.DTYPES['BF16']) in kinds.values() else 'float32'
+  return Loaded(config, params, tokenizer, hf.chat_template(folder), family.name, stored,
+                f'{family.architecture}, {stored}')
+
+
+def config_of(model: config_lib.Model, dtype: str | None) -> config_lib.Config:
+  """A Config around a foreign model, with which it can be trained further."""
+  return _computing_in(config_lib.Config(model=model, data=config_lib.Data(length=min(model.max_length, 256))), dtype)
+
+
+def _computing_in(config: config_lib.Config, dtype: str | None) -> config_lib.Config:
+  if dtype is None:
+    return config
+  return config_lib.check(dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype)))
+
+
+# What files hold beside the parameters: constants, and copies of tied ones.
+BUFFERS = ('.rotary_emb.inv_freq', '.attn.bias', '.attn.masked_bias', '.attention.bias', '.attention.masked_bias',
+           'rope_freqs.weight')
+
+
+def match(links: list[layout.Link], there: dict, where: str) -> list[layout.Link]:
+  """The links, with names as the file has them. Raises ConfigError for what is missing, unknown or of another shape."""
+  prefix = 'transformer.'
+  if not any(name.startswith(prefix) for name in there):                   # GPT-2's first files name the inner model
+    links = [dataclasses.replace(link, name=link.name.removeprefix(prefix)) for link in links]
+  wanted = {link.name: link for link in links}
+  missing = [name for name in wanted if name not in there]
+  unknown = [name for name in there if name not in wanted and not name.endswith(BUFFERS)]
+  tied = {'lm_head.weight', 'embed_out.weight', 'output.weight'} if 'lm_head.weight' not in wanted else set()
+  unknown = [name for name in unknown if name not in tied]
+  wrong = [f'{name} {list(there[name][0])}, expected {list(link.shape)}' for name, link in wanted.items()
+           if name in there and tuple(there[name][0]) != tuple(link.shape)]
+  for what, names in dict(missing=missing, unknown=unknown).items():
+    if names:
+      raise ConfigError(f'{where}: tensors {what}: {", ".join(names[:6])}{" ..." if len(names) > 6 else ""} '
+                        f'({len(names)}); it does not fit its config.json')
+  if wrong:
+    raise ConfigError(f'{where}: {"; ".join(wrong[:4])}; it does not fit its config.json')
+  return links
+
+
+def place(links: Iterable[layout.Link], read: Callable[[str], np.ndarray], kinds: dict[str, np.dtype],
+          shapes: dict[str, tuple[int, ...]], model: config_lib.Model, mesh) -> dict:
+  """The nested dict of parameters. Matrices stay in bfloat16 where the file has them so and the model computes in it;
+  everything else is float32, which holds the rest of what files have exactly."""
+  half = compute_dtype(model.dtype) == 'bfloat16'
+  counts, by_leaf = {}, {}
+  for link in links:
+    for part in link.parts:
+      counts[part.leaf] = counts.get(part.leaf, 0) + 1
+      by_leaf.setdefault(part.leaf, []).append(link)
+  tree = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, np.float32), checkpoint_lib.nest(shapes),
+                      is_leaf=lambda x: isinstance(x, tuple))
+  if mesh is None:
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings = dict.fromkeys(shapes, one)
+  else:
+    named = sharding_lib.named(mesh, sharding_lib.param_specs(tree, mesh))
+    shardings = {jax.tree_util.keystr(p, simple=True, separator='/'): s
+                 for p, s in jax.tree_util.tree_leaves_with_path(named)}
+  done, buffers, out = set(), {}, {}
+  for leaf in by_leaf:
+    for link in by_leaf[leaf]:
+      if link.name in done:
+        continue
+      done.add(link.name)
+      keep = half and kinds[link.name] == hf.DTYPES['BF16']
+      for part, piece in zip(link.parts, link.split(read(link.name))):
+        if part.leaf not in buffers:
+          matrix = len(part.shape) > 1 and not part.leaf.rpartition('/')[2].startswith(('scale', 'b_', 'w_router'))
+          buffers[part.leaf] = Shards(shapes[part.leaf], hf.DTYPES['BF16'] if keep and matrix else np.float32,
+                                      shardings[part.leaf])
+        buffers[part.leaf].fill(part.place, piece)
+        counts[part.leaf] -= 1
+        if not counts[part.leaf]:
+          out[part.leaf] = buffers.pop(part.leaf).array()
+  return checkpoint_lib.nest(out)
+
+
+class Shards:
+  """An array in the making: the host's buffers of the shards that this process's devices hold."""
+
+  def __init__(self, shape, dtype, sharding):
+    self.shape, self.sharding = shape, sharding
+    self.where = sharding.addressable_devices_indices_map(shape)
+    self.buffers = {}
+    for index in map(_key, self.where.values()):
+      if index not in self.buffers:
+        size = [len(range(*slice(*s).indices(n))) for s, n in zip(index, shape)]
+        self.buffers[index] = aligned(size, dtype)
+
+  def fill(self, place: tuple[int, ...], piece: np.ndarray) -> None:
+    """Writes what belongs at [*place] of the whole."""
+    for index, buffer in self.buffers.items():
+      ranges = [range(*slice(*s).indices(n)) for s, n in zip(index, self.shape)]
+      if all(i in r for i, r in zip(place, ranges)):
+        inner = tuple(slice(r.start, r.stop) for r in ranges[len(place):])
+        buffer[tuple(i - r.start for i, r in zip(place, ranges))] = piece[inner]
+
+  def array(self) -> jax.Array:
+    each = [jax.device_put(self.buffers[_key(index)], device, may_alias=True) for device, index in self.where.items()]
+    return jax.make_array_from_single_device_arrays(self.shape, self.sharding, each)
+
+
+def _key(index) -> tuple:
+  return tuple((s.start, s.stop) for s in index)
+
+
+def aligned(shape, dtype) -> np.ndarray:
+  """Uninitialised memory that a CPU device takes over without a copy (it asks for 64 bytes)."""
+  size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+  raw = np.empty(size + 64, np.uint8)
+  start = -raw.ctypes.data % 64
+  return raw[start:start + size].view(dtype).reshape(shape)
+
+
+def _gguf(path: pathlib.Path, dtype, mesh) -> Loaded:
+  file = gguf.read(path)
+  family, model = families.model_of(gguf_model.config_of(file), str(path))
+  tokenizer = vocabulary.from_gguf(file.fields)
+  shared = family.name == 'falcon' and 'blk.0.attn_norm_2.weight' not in file.tensors
+  links = list(gguf_model.links(family.name, model, shared))
+  there = {name: (tensor.shape, np.dtype(hf.DTYPES['BF16' if tensor.kind == 'BF16' else 'F32']))
+           for name, tensor in file.tensors.items()}
+  links = match(links, there, str(path))
+  config = config_of(model, dtype)
+  kinds = {link.name: there[link.name][1] for link in links}
+  params = place(links, file.array, kinds, layout.leaf_shapes(model), config.model, mesh)
+  found = sorted({tensor.kind for tensor in file.tensors.values()})
+  return Loaded(config, params, tokenizer, file.fields.get('tokenizer.chat_template'), family.name,
+                'bfloat16' if found == ['BF16', 'F32'] else 'float32', f'GGUF of {family.name}, {", ".join(found)}')

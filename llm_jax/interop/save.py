@@ -1,0 +1,118 @@
+"""A loaded model written as a Hugging Face directory, a GGUF file or a run directory of ours, then read back."""
+import functools
+import json
+import pathlib
+import typing
+
+import jax
+import numpy as np
+
+from llm_jax import checkpoint as checkpoint_lib
+from llm_jax import config as config_lib
+from llm_jax import sharding as sharding_lib
+from llm_jax.config import ConfigError
+from llm_jax.interop import card, families, gguf, gguf_model, hf, layout, vocabulary
+from llm_jax.interop.load import Loaded, load
+from llm_jax.models import transformer
+
+PROBE = 64                                    # tokens of the sequence whose logits are compared
+
+
+class Saved(typing.NamedTuple):
+  """What writing did. error: the largest difference of a logit, read back; notes: lines for the user."""
+  path: pathlib.Path
+  error: float
+  notes: list[str]
+
+
+def to_hf(model: Loaded, folder: pathlib.Path, dtype: str = '') -> Saved:
+  """config.json, safetensors in `dtype` (default: what its files held), tokenizer, chat template, model card. Raises
+  ConfigError where no architecture there computes the same, or where what was written does not give the same logits."""
+  folder = _fresh(folder)
+  family, config = families.family_for(model.shape, model.family)
+  t = model.tokenizer
+  ids = dict(bos_token_id=t.bos_id, eos_token_id=t.eos_id, pad_token_id=t.pad_id)
+  links = {link.name: link for link in layout.hf_links(family.name, model.shape)}
+  dtype = dtype or model.dtype
+  note = hf.write_tokenizer(folder, model.tokenizer, model.chat_template, model.shape.max_length)
+  hf.write(folder, config | ids, {name: link.shape for name, link in links.items()}, reader(model, links), dtype)
+  hf.write_text(folder / 'generation_config.json', json.dumps(ids, indent=1))
+  hf.write_text(folder / 'README.md', card.text(model, family.architecture, dtype))
+  return Saved(folder, _same(model, folder, exact=dtype == 'float32' or dtype == model.dtype), [note] * bool(note))
+
+
+def to_orbax(model: Loaded, folder: pathlib.Path) -> Saved:
+  """A run directory with one step, 0, that training (config.init_from), sampling and everything else read."""
+  folder = _fresh(folder)
+  model.tokenizer.save(folder / 'tokenizer')
+  extra = dict(chat_template=model.chat_template, family=model.family)
+  with checkpoint_lib.Checkpointer(folder, 1, config_lib.to_dict(model.config)) as writer:
+    writer.save(0, dict(params=jax.tree.map(lambda x: x.astype(np.float32), model.params)), extra)
+  return Saved(folder, _same(model, folder, exact=True), [])
+
+
+def to_gguf(model: Loaded, path: pathlib.Path, kind: str = '') -> Saved:
+  """One file that llama.cpp reads. kind: bfloat16, float16, float32, q8_0 or q4_0 (default: what its files held)."""
+  path = pathlib.Path(path).expanduser()
+  if path.suffix != '.gguf' or path.exists():
+    raise ConfigError(f'{path}: expected the name of a new file that ends in .gguf')
+  path.parent.mkdir(parents=True, exist_ok=True)
+  family, _ = families.family_for(model.shape, model.family)
+  kind = dict(float32='F32', float16='F16', bfloat16='BF16').get(kind or model.dtype, kind.upper())
+  links = {link.name: link for link in gguf_model.links(family.name, model.shape)}
+  fields = gguf_model.fields_of(family, model.shape) | {
+      'general.name': path.stem, 'general.file_type': gguf_model.FILE_TYPES[kind], 'general.quantization_version': 2}
+  fields |= vocabulary.gguf_fields(model.tokenizer, model.shape.vocab_size)
+  fields |= {'tokenizer.chat_template': model.chat_template} if model.chat_template else {}
+  tensors = {name: (link.shape, gguf_model.kind_of(link, kind)) for name, link in links.items()}
+  read, extra = reader(model, links), gguf_model.rope_freqs(model.shape)
+  if extra is not None:
+    tensors['rope_freqs.weight'] = extra.shape, 'F32'
+  gguf.write(path, fields, tensors, lambda name: extra if name == 'rope_freqs.weight' else read(name))
+  try:
+    again = families.computed(families.model_of(gguf_model.config_of(gguf.read(path)), 'read back')[1])
+    differs = [name for name, value in vars(again).items() if value != getattr(families.computed(model.shape), name)]
+    why = f'model.{", model.".join(differs)}' if differs else ''
+  except ConfigError as e:
+    why = f'all of this model ({e})'
+  if why:
+    path.unlink()
+    raise ConfigError(f'{path}: a GGUF file of {family.gguf} cannot say {why}; use --to=hf')
+  return Saved(path, _same(model, path, exact=kind == 'F32'), [])
+
+
+def _fresh(folder) -> pathlib.Path:
+  folder = pathlib.Path(folder).expanduser()
+  if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
+    raise ConfigError(f'{folder}: is there already; name a new directory, or delete it')
+  folder.mkdir(parents=True, exist_ok=True)
+  return folder
+
+
+def reader(model: Loaded, links: dict[str, layout.Link]):
+  """name -> the tensor as that format has it, from our leaves."""
+  flat = {jax.tree_util.keystr(path, simple=True, separator='/'): x
+          for path, x in jax.tree_util.tree_leaves_with_path(model.params)}
+  def read(name):
+    return links[name].join([np.asarray(flat[part.leaf][part.place]) for part in links[name].parts])
+  return read
+
+
+def _same(model: Loaded, path, exact: bool) -> float:
+  """Reads `path` back and compares the logits of one made-up sequence. exact: they must be equal but for rounding."""
+  mesh = next((x.sharding.mesh for x in jax.tree.leaves(model.params) if hasattr(x.sharding, 'mesh')), None)
+  again = load(path, dtype=model.config.model.dtype, mesh=mesh or jax.sharding.get_mesh())
+  vocab_size = min(model.shape.vocab_size, model.tokenizer.vocab_size)
+  rows = 1 if mesh is None else sharding_lib.axis_size(mesh, sharding_lib.ACT['B'])
+  ids = np.random.default_rng(0).integers(0, vocab_size, (rows, min(PROBE, model.shape.max_length)), np.int32)
+  before, after = (np.asarray(logits(m.shape, m.params, ids)) for m in (model, again))
+  error, scale = float(np.abs(before - after).max()), float(np.abs(before).max())
+  if not np.isfinite(after).all() or exact and error > 1e-5 * max(scale, 1.0):
+    raise ConfigError(f'{path}: read back, its logits differ by up to {error:.2g} (largest {scale:.2g}); do not use it')
+  return error
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(shape, params, token_BT):
+  """float32 [B, T, V]."""
+  return transformer.bind(shape, params)(token_BT)
