@@ -18,7 +18,7 @@ CASES = {      # processes, devices of each, mesh, model
     # Independent updates of many matrices: programs whose collectives could wait for each other.
     'muon on 2': (2, 1, dict(mesh__fsdp=2), dict(optimizer__name='muon', optimizer__matrix_learning_rate=0.01)),
 }
-SLOW = ('stages over 2', 'context over 4')
+SLOW = ('stages over 2', 'context over 4', 'muon on 2')
 
 
 @pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES])

@@ -56,6 +56,10 @@ class HuggingFace(Tokenizer):
       spelled += [t.id for c in name for t in self._tokenizer.model.tokenize(c)] if literal else [i]
     return spelled
 
+  def begins_with_bos(self) -> bool:
+    """Whether its own post-processor puts bos before a text."""
+    return self.bos_id is not None and self._tokenizer.encode('', add_special_tokens=True).ids[:1] == [self.bos_id]
+
   def decode(self, ids):
     return self._tokenizer.decode(self._known(ids), skip_special_tokens=True)
 

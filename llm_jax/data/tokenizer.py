@@ -41,6 +41,7 @@ class Tokenizer:
   kind: str
   vocab_size: int
   bos_id: int | None = None
+  adds_bos = True                  # prompts begin with bos, as our documents do; False for some models from elsewhere
   eos_id: int | None = None
   pad_id: int = 0
   mask_id: int | None = None
@@ -79,7 +80,7 @@ class Tokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     if self.model_file:
       (folder / self.model_file).write_bytes(self.model)
-    meta = dict(format=FORMAT, kind=self.kind, fingerprint=self.fingerprint, **self._meta())
+    meta = dict(format=FORMAT, kind=self.kind, fingerprint=self.fingerprint, adds_bos=self.adds_bos, **self._meta())
     (folder / 'meta.json').write_text(json.dumps(meta, indent=1))
 
   def _meta(self):
@@ -171,6 +172,9 @@ class SentencePiece(Tokenizer):
     # The library takes U+2581 in text for a space: as bytes it stays itself.
     found = ((self._space if line == SPACE else next_ids for line, next_ids in zip(part, ids)) for part in lines)
     return [np.fromiter(itertools.chain.from_iterable(part), np.int32) for part in found]
+
+  def piece(self, i: int) -> str:
+    return self._sp.id_to_piece(i)
 
   def decode(self, ids):
     return super().decode(ids) if self.own else self._sp.decode(self._known(ids))
@@ -300,6 +304,7 @@ def load(folder: pathlib.Path) -> Tokenizer:
       made = HuggingFace((folder / HuggingFace.model_file).read_bytes(), meta['roles'])
   if made.fingerprint != meta['fingerprint']:
     raise ConfigError(f'{folder}: changed since it was saved: its fingerprint is not the one in meta.json')
+  made.adds_bos = meta.get('adds_bos', True)         # a folder from before this key is of a model of ours
   return made
 
 

@@ -111,7 +111,8 @@ def encode(model_cfg: config_lib.Model, tokenizer, prompts) -> list[list[int]]:
   texts = [p for p in prompts if isinstance(p, str)]
   encoded = iter(tokenizer.encode_batch(texts) if texts else ())
   bos = [] if tokenizer.bos_id is None or model_cfg.encoder_layers else [tokenizer.bos_id]
-  ids = [bos + [int(t) for t in next(encoded)] if isinstance(p, str) else [int(t) for t in p] for p in prompts]
+  before = lambda text: bos if tokenizer.adds_bos or not text else []
+  ids = [before(p) + [int(t) for t in next(encoded)] if isinstance(p, str) else [int(t) for t in p] for p in prompts]
   for i, (prompt, row) in enumerate(zip(prompts, ids)):
     if not row and isinstance(prompt, str):
       raise ConfigError(f'prompt {i}: is empty, and this model has no token that begins a text; expected at least one '

@@ -172,8 +172,9 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer, te
     said |= dict(tokenizer_class='PreTrainedTokenizerFast')
   elif isinstance(tokenizer, tokenizer_lib.SentencePiece) and not tokenizer.own:
     (folder / 'tokenizer.model').write_bytes(tokenizer.model)
-    said |= {f'{role}_token': token for role, token in tokenizer.roles.items()}
-    said |= dict(tokenizer_class='LlamaTokenizer', legacy=False, add_bos_token=True)
+    ids = dict(bos=tokenizer.bos_id, eos=tokenizer.eos_id)
+    said |= {f'{role}_token': tokenizer.piece(i) for role, i in ids.items() if i is not None}
+    said |= dict(tokenizer_class='LlamaTokenizer', legacy=False, add_bos_token=tokenizer.adds_bos)
   else:
     tokenizer.save(folder / 'tokenizer')
     return f'the {tokenizer.kind} tokenizer has no counterpart there: it lies in tokenizer/, which llm_jax reads'

@@ -49,9 +49,24 @@ CLASSES = dict(GPT2Tokenizer='gpt-2', CodeGenTokenizer='gpt-2', Qwen2Tokenizer='
 
 
 def from_folder(folder: pathlib.Path) -> Tokenizer | None:
-  """The tokenizer of a Hugging Face model's folder, None where it has none. Raises ConfigError for a broken one, or one
-  that cannot be told from its files."""
-  folder = pathlib.Path(folder)
+  """The tokenizer of a Hugging Face model's folder, None where it has none; prompts begin with bos where its files say
+  so. Raises ConfigError for a broken one, or one that cannot be told from its files."""
+  made = _from_folder(pathlib.Path(folder))
+  if isinstance(made, HuggingFace):
+    made.adds_bos = made.begins_with_bos()
+  elif made is not None:
+    made.adds_bos = _tokenizer_config(pathlib.Path(folder)).get('add_bos_token') is not False
+  return made
+
+
+def _tokenizer_config(folder) -> dict:
+  path = folder / 'tokenizer_config.json'
+  with _readable(path):
+    said = json.loads(path.read_text()) if path.is_file() else {}
+  return said if isinstance(said, dict) else {}
+
+
+def _from_folder(folder):
   with _readable(folder):
     if (folder / 'tokenizer.json').is_file():
       return hf.load(folder)
@@ -93,12 +108,15 @@ def from_gguf(fields: dict) -> Tokenizer:
     types.pop()
   tokens = tokens[:len(types)]
   with _readable('tokenizer.ggml'):
-    return (_gguf_bpe if kind == 'gpt2' else _gguf_sentencepiece)(fields, tokens, types, ids)
+    made = (_gguf_bpe if kind == 'gpt2' else _gguf_sentencepiece)(fields, tokens, types, ids)
+  usual = kind == 'llama' or fields.get('tokenizer.ggml.pre') in ('llama-bpe', 'llama3', 'llama-v3')    # llama.cpp's
+  made.adds_bos = bool(fields.get('tokenizer.ggml.add_bos_token', usual))
+  return made
 
 
 def gguf_fields(tokenizer: Tokenizer, size: int) -> dict:
-  """What from_gguf reads, for a GGUF with `size` rows of embedding: byte-level BPE or SentencePiece BPE. Whether bos is
-  put before text (add_bos_token) is the model's to say. Raises ConfigError for a tokenizer that GGUF cannot name."""
+  """What from_gguf reads, for a GGUF with `size` rows of embedding: byte-level BPE or SentencePiece BPE. Raises
+  ConfigError for a tokenizer that GGUF cannot name."""
   if size < tokenizer.vocab_size:
     raise ConfigError(f'expected an embedding of at least {tokenizer.vocab_size} ids, got size {size}')
   if isinstance(tokenizer, HuggingFace):
@@ -115,6 +133,7 @@ def gguf_fields(tokenizer: Tokenizer, size: int) -> dict:
   for role, i in (('bos', tokenizer.bos_id), ('eos', tokenizer.eos_id), ('padding', tokenizer.pad_id if pad else None)):
     if i is not None:
       fields[f'{role}_token_id'] = i
+  fields['add_bos_token'] = bool(tokenizer.adds_bos and tokenizer.bos_id is not None)
   return {f'tokenizer.ggml.{key}': value for key, value in fields.items()}
 
 
