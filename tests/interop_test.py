@@ -288,6 +288,13 @@ def test_what_is_no_model_says_what_is_expected(tmp_path):
   (tmp_path / 'x.gguf').write_bytes(b'GGUF')
   with pytest.raises(ConfigError, match='truncated'):
     load.load(tmp_path / 'x.gguf')
+  gguf.write(tmp_path / 'part.gguf', {'split.count': 3}, {'a': ((1,), 'F32')}, lambda name: np.zeros(1))
+  with pytest.raises(ConfigError, match='one part of 3'):
+    load.load(tmp_path / 'part.gguf')
+  gguf.write(tmp_path / 'other.gguf', {'general.architecture': 'mamba'}, {'a': ((1,), 'F32')},
+             lambda name: np.zeros(1))
+  with pytest.raises(ConfigError, match="'mamba' cannot be run"):
+    load.load(tmp_path / 'other.gguf')
 
 
 def test_an_architecture_without_a_counterpart_names_what_differs(tmp_path, tokenizer_json):
