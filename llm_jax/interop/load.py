@@ -224,7 +224,8 @@ def aligned(shape, dtype) -> np.ndarray:
 def _gguf(path: pathlib.Path, dtype, mesh) -> Loaded:
   file = gguf.read(path)
   if file.fields.get('split.count', 1) not in (0, 1):
-    raise ConfigError(f'{path}: is one part of {file.fields["split.count"]}; join them first (llama-gguf-split --merge)')
+    raise ConfigError(f'{path}: is one part of {file.fields["split.count"]}; join them first, with '
+                      'llama-gguf-split --merge')
   family, model = families.model_of(gguf_model.config_of(file), str(path))
   tokenizer = vocabulary.from_gguf(file.fields)
   shared = family.name == 'falcon' and 'blk.0.attn_norm_2.weight' not in file.tensors
