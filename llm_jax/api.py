@@ -26,7 +26,7 @@ class Model:
   def logits(self, token_BT) -> jax.Array:
     """float32 [B, T, V]: what follows each token. Raises ConfigError for anything but rows of ids of the vocabulary."""
     token_BT = self._tokens(token_BT)
-    return _logits(self.shape, self.params, fill_rows(token_BT))[:len(token_BT)]
+    return transformer.logits(self.shape, self.params, fill_rows(token_BT))[:len(token_BT)]
 
   def generate(self, prompts: str | list[str], max_tokens: int = 64, temperature: float = 0.0, **options) -> list[str]:
     """Continuations, without the prompts. options: top_k, top_p, min_p, repetition_penalty, stop, seed, n (then n texts
@@ -74,11 +74,6 @@ class Model:
 def fill_rows(token_BT: np.ndarray) -> np.ndarray:
   """Rows of zeros added, up to a number that the mesh's batch axes divide."""
   return np.pad(token_BT, ((0, sampling.row_count(len(token_BT)) - len(token_BT)), (0, 0)))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(shape, params, token_BT):
-  return transformer.bind(shape, params)(token_BT)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

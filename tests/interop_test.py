@@ -88,7 +88,7 @@ def theirs(case, folder, tokenizer_json):
 
 
 def logits(model, ids):
-  return np.asarray(save.logits(model.shape, model.params, ids))
+  return np.asarray(transformer.logits(model.shape, model.params, ids))
 
 
 def leaves(model):

@@ -266,7 +266,7 @@ def build(tokenizer: config_lib.Tokenizer, texts: Iterable[str]) -> Tokenizer:
   if tokenizer.path and not path.exists():
     beside = sorted(p.name for p in path.parent.iterdir())[:20] if path.parent.is_dir() else []
     raise ConfigError(f'config.tokenizer.path: no file {str(path)!r}{nearest(path.name, beside) if beside else ""}')
-  with _readable(tokenizer.path):
+  with readable(f'config.tokenizer.path: cannot read {tokenizer.path!r}'):
     if tokenizer.kind == 'hf':
       from llm_jax.data import hf
       return hf.load(path)
@@ -289,7 +289,7 @@ def load(folder: pathlib.Path) -> Tokenizer:
   folder = pathlib.Path(folder)
   if not (folder / 'meta.json').is_file():
     raise ConfigError(f'{folder}: expected a tokenizer saved by llm_jax, found no meta.json')
-  with _readable(folder):
+  with readable(f'config.tokenizer.path: cannot read {str(folder)!r}'):
     meta = json.loads((folder / 'meta.json').read_text())
     if meta['format'] > FORMAT:
       raise ConfigError(f'{folder}: tokenizer of format {meta["format"]}, this llm_jax reads up to {FORMAT}; update it')
@@ -309,11 +309,11 @@ def load(folder: pathlib.Path) -> Tokenizer:
 
 
 @contextlib.contextmanager
-def _readable(path):
+def readable(what: str):
   """Turns whatever the libraries raise on a broken file (even bare Exception) into one line that names it."""
   try:
     yield
   except (ConfigError, OSError):
     raise
   except Exception as e:
-    raise ConfigError(f'config.tokenizer.path: cannot read {str(path)!r}: {" ".join(str(e).split())[:200]}') from e
+    raise ConfigError(f'{what}: {" ".join(str(e).split())[:200]}') from e

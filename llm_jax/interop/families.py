@@ -61,10 +61,10 @@ class Keys:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """One architecture. read: config.json -> fields of Model; write: the inverse, without what `ids` adds."""
+  """One architecture. read: config.json -> fields of Model; write: the inverse."""
   name: str                              # model_type
   architecture: str                      # class in transformers
-  gguf: str                              # general.architecture, '' where llama.cpp has none
+  gguf: str                              # general.architecture
   read: Callable[[Keys], dict]
   write: Callable[[Model], dict]
 

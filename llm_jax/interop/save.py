@@ -1,5 +1,4 @@
 """A loaded model written as a Hugging Face directory, a GGUF file or a run directory of ours, then read back."""
-import functools
 import json
 import pathlib
 import typing
@@ -105,14 +104,8 @@ def _same(model: Loaded, path, exact: bool) -> float:
   vocab_size = min(model.shape.vocab_size, model.tokenizer.vocab_size)
   rows = 1 if mesh is None else sharding_lib.axis_size(mesh, sharding_lib.ACT['B'])
   ids = np.random.default_rng(0).integers(0, vocab_size, (rows, min(PROBE, model.shape.max_length)), np.int32)
-  before, after = (np.asarray(logits(m.shape, m.params, ids)) for m in (model, again))
+  before, after = (np.asarray(transformer.logits(m.shape, m.params, ids)) for m in (model, again))
   error, scale = float(np.abs(before - after).max()), float(np.abs(before).max())
   if not np.isfinite(after).all() or exact and error > 1e-5 * max(scale, 1.0):
     raise ConfigError(f'{path}: read back, its logits differ by up to {error:.2g} (largest {scale:.2g}); do not use it')
   return error
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def logits(shape, params, token_BT):
-  """float32 [B, T, V]."""
-  return transformer.bind(shape, params)(token_BT)

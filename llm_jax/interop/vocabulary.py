@@ -5,7 +5,6 @@ GGUF come 'gpt2' and 'llama' vocabularies, not WordPiece ('bert'), Unigram ('t5'
 no normaliser: Qwen's NFC is lost there. Bytes that a vocabulary has no token for are dropped, as both libraries do.
 """
 import base64
-import contextlib
 import json
 import math
 import pathlib
@@ -14,7 +13,7 @@ import re
 from llm_jax.config import ConfigError
 from llm_jax.data import hf
 from llm_jax.data.hf import BYTE_OF, HuggingFace
-from llm_jax.data.tokenizer import LOOKS_SPECIAL, SentencePiece, Tokenizer
+from llm_jax.data.tokenizer import LOOKS_SPECIAL, SentencePiece, Tokenizer, readable
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -55,15 +54,8 @@ def from_folder(folder: pathlib.Path) -> Tokenizer | None:
   if isinstance(made, HuggingFace):
     made.adds_bos = made.begins_with_bos()
   elif made is not None:
-    made.adds_bos = _tokenizer_config(pathlib.Path(folder)).get('add_bos_token') is not False
+    made.adds_bos = _said(pathlib.Path(folder), {})[0].get('add_bos_token') is not False
   return made
-
-
-def _tokenizer_config(folder) -> dict:
-  path = folder / 'tokenizer_config.json'
-  with _readable(path):
-    said = json.loads(path.read_text()) if path.is_file() else {}
-  return said if isinstance(said, dict) else {}
 
 
 def _from_folder(folder):
@@ -418,12 +410,5 @@ def _added(i, content, special):
   return dict(id=i, content=content, special=special) | FLAGS
 
 
-@contextlib.contextmanager
 def _readable(what):
-  """Turns whatever the libraries raise on a broken file (even bare Exception) into one line that names it."""
-  try:
-    yield
-  except (ConfigError, OSError):
-    raise
-  except Exception as e:
-    raise ConfigError(f'{what}: expected a sound tokenizer, cannot read it: {" ".join(str(e).split())[:200]}') from e
+  return readable(f'{what}: expected a sound tokenizer, cannot read it')

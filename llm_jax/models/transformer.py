@@ -391,6 +391,12 @@ def bind(cfg: config_lib.Model, params: dict) -> Transformer:
   return nnx.merge(definition(cfg), jax.tree_util.tree_map_with_path(cast, params))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def logits(cfg: config_lib.Model, params: dict, token_BT):
+  """float32 [B, T, V] of whole sequences, compiled once per shape."""
+  return bind(cfg, params)(token_BT)
+
+
 def count(params) -> int:
   """Number of parameters."""
   return sum(x.size for x in jax.tree.leaves(params))
