@@ -288,13 +288,21 @@ def override(config: ConfigDict, key: str, text: str) -> None:
       raise ConfigError(f'--config.{key}: no such key {part!r}{nearest(part, names)}')
     parent, node = node, node[part]
   if leaf == 'model' and not path:
-    from llm_jax.models import presets
-    parent[leaf] = presets.preset(text.removeprefix('preset(').removesuffix(')').strip('\'"'))
+    parent[leaf] = _model_group(text.removeprefix('preset(').removesuffix(')').strip('\'"'))
     return
   if isinstance(node, ConfigDict):
     raise ConfigError(f'--config.{key}: is a group; set one of its keys: {", ".join(node)}')
   with config.unlocked():
     parent[leaf] = text if isinstance(node, str) else _literal(key, text, type(node))
+
+
+def _model_group(name: str) -> ConfigDict:
+  """A preset by its name, or the shape of the model at a path."""
+  if '/' in name or name.startswith('hf:') or pathlib.Path(name).exists():
+    from llm_jax.interop import load
+    return load.group(name)
+  from llm_jax.models import presets
+  return presets.preset(name)
 
 
 def _literal(key, text, kind):

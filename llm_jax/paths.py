@@ -3,7 +3,9 @@
 Orbax writes arrays to file systems and to gs://. For s3:// a step is made in a local folder and moved, and read from a
 copy.
 """
+import contextlib
 import importlib.util
+import json
 import tempfile
 
 from etils import epath
@@ -59,3 +61,12 @@ def local(folder) -> epath.Path:
   target = epath.Path(_downloads[-1].name)
   copy(folder, target)
   return target
+
+
+def read_jsonl(path) -> list[dict]:
+  """The rows of a .jsonl file; [] where there is none. A line cut short by a kill is left out."""
+  path, rows = epath.Path(path), []
+  for line in path.read_text(encoding='utf-8').splitlines() if path.exists() else ():
+    with contextlib.suppress(ValueError):
+      rows.append(json.loads(line))
+  return [r for r in rows if isinstance(r, dict)]

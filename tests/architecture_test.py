@@ -14,8 +14,9 @@ LEVELS = [['config'], ['sharding', 'manifest', 'paths', 'hlo', 'hardware'], ['mo
           ['main', 'sample', 'convert', 'chat', 'evaluate', 'plan', 'bench']]
 RANK = {part: rank for rank, parts in enumerate(LEVELS) for part in parts}
 COMMANDS = {*LEVELS[-1], 'serve.__main__'}
-# The one import that points up: `--config.model=NAME` looks a preset up, inside the function that reads the flag.
-ALLOWED = {('config', 'models.presets')}
+# The imports that point up: `--config.model=NAME` looks up a preset, or a model by its path, inside the function that
+# reads the flag.
+ALLOWED = {('config', 'models.presets'), ('config', 'interop.load')}
 
 
 def modules():

@@ -1,6 +1,8 @@
 """Every test runs on 8 virtual CPU devices, with numpy-like silent rank promotion forbidden."""
 import os
 
+import pytest
+
 # A device that waits for others in a collective holds one of XLA's threads, of which there are as many as devices; and
 # XLA takes a machine that is busy for 40 seconds for one that stands still, and aborts.
 os.environ.setdefault('PJRT_NPROC', '16')
@@ -8,3 +10,10 @@ os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=8 '
                       '--xla_cpu_collective_call_terminate_timeout_seconds=600')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('JAX_NUMPY_RANK_PROMOTION', 'raise')
+
+
+@pytest.fixture(scope='session')
+def tokenizer_json() -> str:
+  """A tokenizer.json of 96 entries, as text."""
+  import theirs
+  return theirs.tokenizer_json()

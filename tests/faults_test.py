@@ -35,9 +35,8 @@ from saved import (
   shardings_of,
 )
 
-from llm_jax import checkpoint, main, manifest
+from llm_jax import checkpoint, main, manifest, paths
 from llm_jax.data import tokenizer
-from llm_jax.train import metrics
 
 STEP = r'step +\d+/'             # the line of a step
 
@@ -66,7 +65,7 @@ def flags(tmp_path, cache):
 
 
 def rows(workdir, name='metrics.jsonl', **wanted):
-  return [r for r in metrics.read_jsonl(workdir / name) if all(r.get(k) == v for k, v in wanted.items())]
+  return [r for r in paths.read_jsonl(workdir / name) if all(r.get(k) == v for k, v in wanted.items())]
 
 
 def payloads(folder):

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import runs
 
-from llm_jax import checkpoint
-from llm_jax.train import metrics
+from llm_jax import checkpoint, paths
 
 EXPERTS = dict(model__experts=4, model__expert_dim=32, model__mlp='swiglu', train__accumulate=2)
 CASES = {      # processes, devices of each, mesh, model
@@ -46,7 +45,7 @@ def test_killed_hosts_resume_with_the_curve_of_one(name, tmp_path):
 
   def curve(folder):
     return [(row['step'], row['tokens'], row['loss/train'], row['grads/norm'])
-            for row in metrics.read_jsonl(tmp_path / folder / 'metrics.jsonl') if 'loss/train' in row]
+            for row in paths.read_jsonl(tmp_path / folder / 'metrics.jsonl') if 'loss/train' in row]
   want, got = curve('one'), curve('several')
   assert [row[:2] for row in got] == [row[:2] for row in want] and len(want) == 24
   assert want[-1][2] < 0.9 * want[0][2]

@@ -89,7 +89,7 @@ def test_a_model_goes_to_the_hub_and_comes_back(hub, tmp_path):
   shape = config_lib.derive(config_lib.Model(vocab_size=320, layers=2, width=32, heads=4, mlp_dim=48, max_length=64,
                                              mlp='swiglu'))
   params = jax.jit(lambda: transformer.init(shape, jax.random.key(0)))()
-  save.to_orbax(load.Loaded(load.config_of(shape, None), params, Byte(), None, '', 'float32', ''), tmp_path / 'run')
+  save.to_orbax(load.Loaded(load.config_of(shape, None), Byte(), None, '', 'float32', '', params), tmp_path / 'run')
   out = run(hub, tmp_path, 'llm_jax.convert', str(tmp_path / 'run'), 'hf:org/name')
   assert out.returncode == 0, out.stderr
   files = hub.RequestHandlerClass.files

@@ -7,96 +7,15 @@ import struct
 import jax
 import numpy as np
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+import runs
+from theirs import CASES, IDS, V, leaves, logits, theirs
 
 from llm_jax import config as config_lib
 from llm_jax import sharding
 from llm_jax.config import ConfigError
 from llm_jax.generate import sampling
-from llm_jax.interop import families, gguf, hf, layout, load, save, vocabulary
+from llm_jax.interop import card, families, gguf, hf, layout, load, save, vocabulary
 from llm_jax.models import presets, transformer
-
-V = 96
-SHAPE = dict(vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=256)
-FALCON = dict(vocab_size=V, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=256)
-ROPE = dict(rope_theta=10_000.0, original_max_position_embeddings=32, factor=4.0)
-# {case: (model_type, its config)}; sequences are longer than every window and than the length before scaling.
-CASES = {
-    'gpt2': ('gpt2', dict(vocab_size=V, n_positions=256, n_embd=32, n_layer=3, n_head=4)),
-    'llama': ('llama', SHAPE),
-    'llama, biases, tied': ('llama', SHAPE | dict(attention_bias=True, tie_word_embeddings=True)),
-    'llama, linear': ('llama', SHAPE | dict(rope_parameters=dict(ROPE, rope_type='linear'))),
-    'llama, yarn': ('llama', SHAPE | dict(rope_parameters=dict(ROPE, rope_type='yarn'))),
-    'llama, llama3': ('llama', SHAPE | dict(rope_parameters=dict(
-        ROPE, rope_type='llama3', low_freq_factor=1.0, high_freq_factor=4.0))),
-    'mistral': ('mistral', SHAPE | dict(sliding_window=16)),
-    'mixtral': ('mixtral', SHAPE | dict(num_local_experts=4, sliding_window=None)),
-    'qwen2': ('qwen2', SHAPE),
-    'qwen2, windows': ('qwen2', SHAPE | dict(use_sliding_window=True, sliding_window=16, max_window_layers=1)),
-    'qwen3': ('qwen3', SHAPE | dict(head_dim=16)),
-    'qwen3_moe': ('qwen3_moe', SHAPE | dict(head_dim=8, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2,
-                                            norm_topk_prob=True)),
-    'gemma': ('gemma', SHAPE | dict(head_dim=8)),
-    'gemma2': ('gemma2', SHAPE | dict(head_dim=8, sliding_window=16, query_pre_attn_scalar=8)),
-    'gemma3': ('gemma3_text', SHAPE | dict(num_hidden_layers=7, head_dim=8, sliding_window=16,
-                                           query_pre_attn_scalar=8)),
-    'phi3': ('phi3', SHAPE | dict(pad_token_id=0, sliding_window=16)),
-    'olmo2': ('olmo2', SHAPE),
-    'olmoe': ('olmoe', SHAPE | dict(num_experts=4, num_experts_per_tok=2)),
-    'stablelm': ('stablelm', SHAPE | dict(partial_rotary_factor=0.5, use_qkv_bias=True)),
-    'stablelm, parallel': ('stablelm', SHAPE | dict(partial_rotary_factor=0.25, use_parallel_residual=True)),
-    'gpt_neox': ('gpt_neox', {k: v for k, v in SHAPE.items() if k != 'num_key_value_heads'}),
-    'gpt_neox, in turn': ('gpt_neox', {k: v for k, v in SHAPE.items() if k != 'num_key_value_heads'} | dict(
-        use_parallel_residual=False)),
-    'falcon': ('falcon', FALCON | dict(new_decoder_architecture=True, num_kv_heads=2)),
-    'falcon, one kv head': ('falcon', FALCON | dict(multi_query=True)),
-    'falcon, in turn': ('falcon', FALCON | dict(multi_query=False, parallel_attn=False, bias=True)),
-    'starcoder2': ('starcoder2', SHAPE | dict(sliding_window=16)),
-}
-
-
-@pytest.fixture(scope='module')
-def tokenizer_json():
-  tokenizer = tokenizers.Tokenizer(models.BPE())
-  tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-  tokenizer.train_from_iterator(['the quick brown fox jumps over the lazy dog and runs away from it'] * 3,
-                                trainers.BpeTrainer(vocab_size=V, show_progress=False,
-                                                    initial_alphabet=[chr(c) for c in range(33, 113)]))
-  assert tokenizer.get_vocab_size() == V             # an id without text is never sampled
-  return tokenizer.to_str()
-
-
-def theirs(case, folder, tokenizer_json):
-  """A random model of the case by transformers, saved to folder."""
-  torch = pytest.importorskip('torch', reason="the reference needs pip install '.[parity]'")
-  transformers = pytest.importorskip('transformers', reason="the reference needs pip install '.[parity]'")
-  transformers.utils.logging.set_verbosity_error()
-  transformers.utils.logging.disable_progress_bar()
-  torch.manual_seed(0)
-  kind, said = CASES[case]
-  made = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None) | said
-  model = transformers.AutoModelForCausalLM.from_config(
-      transformers.AutoConfig.for_model(kind, **made), attn_implementation='eager').eval()
-  with torch.no_grad():
-    for p in model.parameters():
-      p.normal_(0, 0.15) if p.ndim > 1 else p.add_(0.1 * torch.randn_like(p))
-  model.save_pretrained(folder)
-  (folder / 'tokenizer.json').write_text(tokenizer_json)
-  return model, torch
-
-
-def logits(model, ids):
-  return np.asarray(transformer.logits(model.shape, model.params, ids))
-
-
-def leaves(model):
-  return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(model.params)}
-
-
-IDS = np.random.default_rng(0).integers(0, V, (1, 64), np.int32)
-
 
 VARIANTS = {'llama, biases, tied', 'llama, linear', 'qwen2, windows', 'stablelm, parallel', 'gpt_neox, in turn',
             'falcon, one kv head', 'falcon, in turn'}
@@ -170,8 +89,8 @@ def directory(folder, tokenizer_json, **changes):
   params = jax.jit(lambda: transformer.init(shape, jax.random.key(0)))()
   (folder / 't').mkdir(parents=True)
   (folder / 't/tokenizer.json').write_text(tokenizer_json)
-  model = load.Loaded(load.config_of(shape, None), params, vocabulary.from_folder(folder / 't'), '{{ messages }}',
-                      'llama', 'float32', 'made here')
+  model = load.Loaded(load.config_of(shape, None), vocabulary.from_folder(folder / 't'), '{{ messages }}', 'llama',
+                      'float32', 'made here', params)
   save.to_hf(model, folder / 'm')
   said = json.loads((folder / 'm/config.json').read_text()) | changes
   (folder / 'm/config.json').write_text(json.dumps({k: v for k, v in said.items() if v != 'absent'}))
@@ -239,6 +158,31 @@ def test_on_a_mesh(tmp_path, tokenizer_json):
     assert not spread.params['blocks0']['mlp']['w_up_DF'].sharding.is_fully_replicated
     same_leaves(spread, model)
     np.testing.assert_allclose(logits(spread, ids), alone, atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['directory', 'GGUF file'])
+def test_training_goes_on_from_a_model_from_elsewhere(kind, tmp_path, tokenizer_json, monkeypatch):
+  """Shape, weights and tokenizer by path; the run keeps family and chat template, and its card its figures."""
+  runs.make_quick(monkeypatch)
+  runs.write_texts(tmp_path)
+  path, model = directory(tmp_path, tokenizer_json)
+  if kind == 'GGUF file':
+    path = save.to_gguf(model, tmp_path / 'x.gguf').path
+  keys = dict(init_from=path, train__steps=3, optimizer__learning_rate=0.0, optimizer__warmup_steps=0)
+  with pytest.raises(ConfigError, match=f'another model; .*--config.model={path} takes its shape'):
+    runs.train(tmp_path, **keys, workdir='other')
+  runs.train(tmp_path, **keys, model=path)
+  trained = load.load(tmp_path / 'run')
+  same_leaves(trained, model)
+  assert trained.family == 'llama' and trained.chat_template == '{{ messages }}'
+  assert trained.tokenizer.encode('the fox').tolist() == model.tokenizer.encode('the fox').tolist()
+  assert trained.figures['step'] == 3
+  saved = save.to_hf(trained, tmp_path / 'again')
+  text = (saved.path / 'README.md').read_text()
+  assert f'from the weights of {path}' in text and 'LlamaForCausalLM' in text
+  assert f'| loss per token, nats | {trained.figures["loss/valid"]:.4f} |' in text and 'bits per byte' in text
+  (tmp_path / 'run/metrics.jsonl').unlink()
+  assert 'No evaluation was recorded' in card.text(load.load(tmp_path / 'run'), 'X', 'float32')
 
 
 def safetensors(header, data=b'', size=None):

@@ -11,8 +11,7 @@ import tempfile
 import jax
 from tiny import quick_jit
 
-from llm_jax import checkpoint, main, sharding
-from llm_jax.train import metrics
+from llm_jax import checkpoint, main, paths, sharding
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 KEYS = {      # of configs/base.py, for a run of seconds
@@ -125,6 +124,6 @@ def state_bits(workdir: pathlib.Path, step: int | None = None) -> dict[str, byte
 
 def curve(workdir: pathlib.Path, *keys) -> list:
   """(step, key, value) of every row of metrics.jsonl, without what depends on time."""
-  rows = metrics.read_jsonl(workdir / 'metrics.jsonl')
+  rows = paths.read_jsonl(workdir / 'metrics.jsonl')
   return [(row['step'], key, value) for row in rows for key, value in row.items()
           if not key.startswith('perf/') and key not in ('step', 'time') and (not keys or key in keys)]

@@ -6,7 +6,7 @@ from llm_jax.models import transformer
 def text(model, architecture: str, dtype: str) -> str:
   """Markdown with the YAML header that model hubs read. model: a Loaded."""
   shape, config = model.shape, model.config
-  trained = not model.family
+  trained = not model.family or bool(config.init_from)
   data = config.data
   sources = ', '.join(f'{s.source} {s.path} (weight {s.weight:g})'.replace('  ', ' ') for s in data.mixture) or (
       f'{data.source} {data.path}'.strip())
@@ -21,11 +21,11 @@ def text(model, architecture: str, dtype: str) -> str:
         f'held out: `{data.valid}`', f'* tokenizer: {model.tokenizer.kind}, {model.tokenizer.vocab_size:,} entries', '',
         '## Training', '', f'* {until}, batch of {t.batch_size}, {o.name}, learning rate {o.learning_rate:g}, '
         f'{o.schedule}, seed {t.seed}',
-        f'* {model.origin}', '']
+        *([f'* from the weights of {config.init_from}'] if config.init_from else []), f'* {model.origin}', '']
   else:
     parts += ['## Training data', '', f'Converted, not trained here; see the original ({model.origin}).', '']
   parts += [
-      '## Evaluation', '', 'None was recorded with this checkpoint.' if trained else 'See the original.', '',
+      '## Evaluation', '', *evaluation(model, trained), '',
       '## Limits', '',
       '* It continues text; it states falsehoods fluently, and repeats what its data held, biases too.',
       f'* It reads at most {shape.max_length:,} tokens.',
@@ -33,3 +33,18 @@ def text(model, architecture: str, dtype: str) -> str:
   plain = config_lib.Model()
   parts += [f'{name} = {value!r}' for name, value in vars(shape).items() if value != getattr(plain, name)]
   return '\n'.join([*parts, '```', ''])
+
+
+NAMES = {'loss/valid': 'loss per token, nats', 'eval/bits_per_byte': 'bits per byte',
+         'eval/accuracy': 'next token right'}
+
+
+def evaluation(model, trained: bool) -> list[str]:
+  """Lines on the run's last evaluation up to this step."""
+  if not model.figures:
+    return ['No evaluation was recorded.' if trained else 'See the original.']
+  rows = [f'| {NAMES.get(name, name)} | {value:.4f} |' for name, value in model.figures.items()
+          if name != 'step' and isinstance(value, float)]
+  return [f'On text held out from its training data, after step {model.figures["step"]:,}:', '',
+          '| | |', '|---|---|', *rows, '',
+          'Nothing else was measured: neither truthfulness, nor bias, nor how it follows instructions.']

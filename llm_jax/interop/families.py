@@ -462,6 +462,9 @@ def write_falcon(m: Model) -> dict:
 
 def starcoder2(k: Keys) -> dict:
   k.only('norm_type', 'layer_norm'), k.only('mlp_type', 'default')
+  for unread in ('activation_function', 'attention_softmax_in_fp32', 'scale_attention_softmax_in_fp32',
+                 'scale_attn_weights', 'layer_norm_epsilon'):       # in published files, and read by no code there
+    k(unread, None)
   bias, out = k('use_bias', True), sizes(k)
   return out | rope(k) | dict(
       mlp_dim=k.integer('intermediate_size'), norm='layer', norm_bias=True, norm_eps=float(k('norm_epsilon', 1e-5)),

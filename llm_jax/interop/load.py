@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from llm_jax import checkpoint as checkpoint_lib
 from llm_jax import config as config_lib
@@ -24,12 +25,14 @@ from llm_jax.models.attention import compute_dtype
 class Loaded:
   """A model from anywhere. params: nested dict of arrays, as training keeps them; dtype: what its files hold."""
   config: config_lib.Config
-  params: dict = dataclasses.field(repr=False)
   tokenizer: tokenizer_lib.Tokenizer = dataclasses.field(repr=False)
   chat_template: str | None = dataclasses.field(repr=False)
   family: str                   # of Hugging Face's names; '' for a model of ours
   dtype: str
   origin: str                   # where from, and what was verified, in words
+  params: dict | None = dataclasses.field(repr=False)          # None: not read yet
+  read: Callable[..., dict] | None = dataclasses.field(repr=False, default=None)        # mesh -> params
+  figures: dict = dataclasses.field(default_factory=dict)      # the last evaluation of a run of ours, by its names
 
   @property
   def shape(self) -> config_lib.Model:
@@ -44,16 +47,26 @@ def load(path, *, step: int | None = None, ema: bool = False, dtype: str | None 
   step, ema, verify: of our own checkpoints (checkpoint.find). dtype: 'float32' or 'bfloat16' to compute in, instead of
   the model's. Raises ConfigError for what is no model, or cannot be run exactly.
   """
+  found = find(path, step=step, ema=ema, dtype=dtype, verify=verify)
   mesh = jax.sharding.get_mesh() if mesh is None else mesh
-  mesh = None if mesh.empty else mesh
+  return dataclasses.replace(found, params=found.read(None if mesh.empty else mesh))
+
+
+def find(path, *, step: int | None = None, ema: bool = False, dtype: str | None = None, verify: bool = True) -> Loaded:
+  """`load` without the weights: `read(mesh)` gives them (mesh None: on one device)."""
   if isinstance(path, checkpoint_lib.Step):
-    return _own(path, step, ema, dtype, verify, mesh)
+    return _own(path, step, ema, dtype, verify)
   kind, place = kind_of(path)
   if kind == 'own':
-    return _own(place, step, ema, dtype, verify, mesh)
+    return _own(place, step, ema, dtype, verify)
   if step is not None or ema:
     raise ConfigError(f'{path}: {"step" if step is not None else "ema"} is of run directories; this is a model alone')
-  return _hf(place, dtype, mesh) if kind == 'hf' else _gguf(place, dtype, mesh)
+  return _hf(place, dtype) if kind == 'hf' else _gguf(place, dtype)
+
+
+def group(path) -> ConfigDict:
+  """The config.model group of the model at `path`: for a config file, as `--config.model=PATH` is on a command line."""
+  return ConfigDict(vars(find(path, verify=False).shape))
 
 
 def kind_of(path) -> tuple[str, object]:
@@ -79,15 +92,24 @@ def kind_of(path) -> tuple[str, object]:
   return 'own', paths.open_path(path)
 
 
-def _own(path, step, ema, dtype, verify, mesh) -> Loaded:
+def _own(path, step, ema, dtype, verify) -> Loaded:
   found = checkpoint_lib.find(path, step, ('params', 'ema') if ema else ('params',), verify)
   config = _computing_in(checkpoint_lib.config_of(found), dtype)
-  params = checkpoint_lib.restore_params(found, mesh=mesh, ema=ema)
-  return Loaded(config, params, tokenizer_lib.load(found.tokenizer), found.extra.get('chat_template'),
-                found.extra.get('family', ''), 'float32', f'step {found.step}, {found.verified}')
+  return Loaded(config, tokenizer_lib.load(found.tokenizer), found.extra.get('chat_template'),
+                found.extra.get('family', ''), 'float32', f'step {found.step}, {found.verified}', None,
+                lambda mesh: checkpoint_lib.restore_params(found, mesh=mesh, ema=ema), _figures(found))
 
 
-def _hf(folder: pathlib.Path, dtype, mesh) -> Loaded:
+def _figures(found: checkpoint_lib.Step) -> dict:
+  """The last evaluation of the run that wrote this step, up to it; {} where its metrics are not beside it."""
+  path, last = found.folder.parent.parent / 'metrics.jsonl', {}
+  for row in paths.read_jsonl(path):
+    if 'loss/valid' in row and row['step'] <= found.step:
+      last = {name: x for name, x in row.items() if name == 'step' or name.startswith(('loss/valid', 'eval/'))}
+  return last
+
+
+def _hf(folder: pathlib.Path, dtype) -> Loaded:
   said = hf.read_json(folder / 'config.json')
   family, model = families.model_of(said, str(folder / 'config.json'))
   weights = hf.Weights(folder)
@@ -103,10 +125,9 @@ def _hf(folder: pathlib.Path, dtype, mesh) -> Loaded:
   links = match(links, weights.shapes, str(folder))
   config = config_of(model, dtype)
   kinds = {link.name: weights.shapes[link.name][1] for link in links}
-  params = place(links, weights.read, kinds, layout.leaf_shapes(model), config.model, mesh)
   stored = 'bfloat16' if np.dtype(hf.DTYPES['BF16']) in kinds.values() else 'float32'
-  return Loaded(config, params, tokenizer, hf.chat_template(folder), family.name, stored,
-                f'{family.architecture}, {stored}')
+  return Loaded(config, tokenizer, hf.chat_template(folder), family.name, stored, f'{family.architecture}, {stored}',
+                None, lambda mesh: place(links, weights.read, kinds, config.model, mesh))
 
 
 def config_of(model: config_lib.Model, dtype: str | None) -> config_lib.Config:
@@ -147,10 +168,10 @@ def match(links: list[layout.Link], there: dict, where: str) -> list[layout.Link
 
 
 def place(links: Iterable[layout.Link], read: Callable[[str], np.ndarray], kinds: dict[str, np.dtype],
-          shapes: dict[str, tuple[int, ...]], model: config_lib.Model, mesh) -> dict:
+          model: config_lib.Model, mesh) -> dict:
   """The nested dict of parameters. Matrices stay in bfloat16 where the file has them so and the model computes in it;
   everything else is float32, which holds the rest of what files have exactly."""
-  half = compute_dtype(model.dtype) == 'bfloat16'
+  half, shapes = compute_dtype(model.dtype) == 'bfloat16', layout.leaf_shapes(model)
   counts, by_leaf = {}, {}
   for link in links:
     for part in link.parts:
@@ -221,7 +242,7 @@ def aligned(shape, dtype) -> np.ndarray:
   return raw[start:start + size].view(dtype).reshape(shape)
 
 
-def _gguf(path: pathlib.Path, dtype, mesh) -> Loaded:
+def _gguf(path: pathlib.Path, dtype) -> Loaded:
   file = gguf.read(path)
   if file.fields.get('split.count', 1) not in (0, 1):
     raise ConfigError(f'{path}: is one part of {file.fields["split.count"]}; join them first, with '
@@ -235,7 +256,7 @@ def _gguf(path: pathlib.Path, dtype, mesh) -> Loaded:
   links = match(links, there, str(path))
   config = config_of(model, dtype)
   kinds = {link.name: there[link.name][1] for link in links}
-  params = place(links, file.array, kinds, layout.leaf_shapes(model), config.model, mesh)
   found = sorted({tensor.kind for tensor in file.tensors.values()})
-  return Loaded(config, params, tokenizer, file.fields.get('tokenizer.chat_template'), family.name,
-                'bfloat16' if found == ['BF16', 'F32'] else 'float32', f'GGUF of {family.name}, {", ".join(found)}')
+  return Loaded(config, tokenizer, file.fields.get('tokenizer.chat_template'), family.name,
+                'bfloat16' if found == ['BF16', 'F32'] else 'float32', f'GGUF of {family.name}, {", ".join(found)}',
+                None, lambda mesh: place(links, file.array, kinds, config.model, mesh))

@@ -13,12 +13,12 @@ import numpy as np
 
 from llm_jax import checkpoint as checkpoint_lib
 from llm_jax import config as config_lib
-from llm_jax import sharding
+from llm_jax import paths, sharding
 from llm_jax.config import ConfigError
 from llm_jax.data import batches as batches_lib
 from llm_jax.data import prepare, store
-from llm_jax.data import tokenizer as tokenizer_lib
 from llm_jax.generate import sampling
+from llm_jax.interop import load as interop
 from llm_jax.models import attention, pipeline, transformer
 from llm_jax.train import clock as clock_lib
 from llm_jax.train import metrics as metrics_lib
@@ -175,7 +175,7 @@ class Run:
     try:
       rows = sampling.encode(self.model, self.tokenizer, [*cfg.prompts, *('',) * cfg.samples])
     except ConfigError as e:
-      raise ConfigError(f'config.eval.prompts and eval.samples (empty prompts): {e}') from e
+      raise ConfigError(f'config.eval.prompts, and eval.samples empty ones: {e}; or --config.eval.samples=0') from e
     longest = max(map(len, rows), default=0)
     if longest >= self.model.max_length:
       raise ConfigError(f'config.eval.prompts: one has {longest} tokens, the model reads {self.model.max_length} '
@@ -184,11 +184,14 @@ class Run:
   def make_tokenizer(self):
     """The run's own tokenizer where it has one, or that of the run it starts from: what a model was trained with never
     changes under it."""
+    self.came_with = {}                    # what an export needs to know of the model it started from
     if self.found:
+      self.came_with = {k: v for k, v in self.found.extra.items() if k in ('chat_template', 'family')}
       return resume_lib.check_tokenizer(self.found, self.cfg, self.workdir)
     if self.cfg.init_from:
-      self.source = checkpoint_lib.find(self.cfg.init_from, items=('params',), verify=self.cfg.checkpoint.verify)
-      return tokenizer_lib.load(self.source.tokenizer)
+      self.source = interop.find(self.cfg.init_from, verify=self.cfg.checkpoint.verify)
+      self.came_with = dict(chat_template=self.source.chat_template, family=self.source.family)
+      return self.source.tokenizer
     return prepare.tokenizer(self.cfg)
 
   def resume(self) -> None:
@@ -200,19 +203,21 @@ class Run:
       if self.changed:
         print(f'    note  changed since then: {self.changed}', flush=True)
 
-  def start_from(self, source: checkpoint_lib.Step) -> None:
-    """Takes the weights of another run; its tokenizer came with them."""
-    params = checkpoint_lib.restore_params(source, mesh=self.mesh)
-    shapes = lambda tree: {jax.tree_util.keystr(k): x.shape for k, x in jax.tree_util.tree_leaves_with_path(tree)}
+  def start_from(self, source: interop.Loaded) -> None:
+    """Takes the weights of another model; its tokenizer came with them."""
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), source.read(self.mesh))
+    shapes = lambda tree: {jax.tree_util.keystr(k, simple=True, separator='/'): x.shape
+                           for k, x in jax.tree_util.tree_leaves_with_path(tree)}
     ours, theirs = shapes(self.state['params']), shapes(params)
     if ours != theirs:
       wrong = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
-      raise ConfigError(f'config.init_from: {source.folder} has another model; differing: {", ".join(wrong[:8])}')
+      raise ConfigError(f'config.init_from: {self.cfg.init_from} has another model; differing: {", ".join(wrong[:8])}; '
+                        f'--config.model={self.cfg.init_from} takes its shape too')
     self.state['params'] = params
     if 'ema' in self.state:
       self.state['ema'] = jax.tree.map(jnp.copy, params)
     if jax.process_index() == 0:
-      print(f'starting from the weights and the tokenizer of {source.folder} ({source.verified})', flush=True)
+      print(f'starting from the weights and the tokenizer of {self.cfg.init_from} ({source.origin})', flush=True)
 
   def compile(self) -> None:
     """Compiles the train step ahead of time: the loop can then never compile again, it would raise instead."""
@@ -331,7 +336,7 @@ class Run:
         peak=metrics_lib.peak_flops().flops * jax.device_count(), resumed_step=step)
     self.cleanup.callback(self.logger.close)
     self.valid = self.past_valid()
-    self.skipped = sum(row['kind'] == 'skipped' for row in metrics_lib.read_jsonl(self.workdir / 'events.jsonl'))
+    self.skipped = sum(row['kind'] == 'skipped' for row in paths.read_jsonl(self.workdir / 'events.jsonl'))
     self.spikes = 0                         # in a row
     if (step or self.clock.before['at']) and step < self.budget.horizon:
       self.clock.restart()
@@ -411,7 +416,7 @@ class Run:
     return out
 
   def past_valid(self):
-    rows = metrics_lib.read_jsonl(self.workdir / 'metrics.jsonl')
+    rows = paths.read_jsonl(self.workdir / 'metrics.jsonl')
     return [(row['step'], row['loss/valid']) for row in rows
             if row.get('loss/valid') is not None and row['step'] <= self.first_step]
 
@@ -433,7 +438,7 @@ class Run:
     start = time.monotonic()
     with self.clock('checkpoint'):
       self.checkpoints.save(step, self.state, dict(
-          seconds=self.budget.seconds(), time=self.clock.parts(), data=self.data))
+          seconds=self.budget.seconds(), time=self.clock.parts(), data=self.data, **self.came_with))
       try:
         self.directory.publish()
       except ConfigError as e:              # the logs stay here, and go with the next checkpoint

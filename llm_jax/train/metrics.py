@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import AxisType
 
 from llm_jax import config as config_lib
-from llm_jax import hardware
+from llm_jax import hardware, paths
 from llm_jax.config import ConfigError
 from llm_jax.train import clock as clock_lib
 
@@ -180,15 +180,6 @@ def turning_point(valid: list[tuple[int, float]], k: int = 3) -> int | None:
   return valid[low][0] if turned else None
 
 
-def read_jsonl(path) -> list[dict]:
-  """The rows of a .jsonl file; [] where there is none. A line cut short by a kill is left out."""
-  path, rows = pathlib.Path(path), []
-  for line in path.read_text(encoding='utf-8').splitlines() if path.exists() else ():
-    with contextlib.suppress(ValueError):
-      rows.append(json.loads(line))
-  return [r for r in rows if isinstance(r, dict)]
-
-
 def _replace(path, text):
   temporary = path.with_name(path.name + '.tmp')
   temporary.write_text(text, encoding='utf-8')
@@ -254,7 +245,7 @@ class Logger:
       self._progress.start()
 
   def _open(self, path, resumed_step):
-    rows = [r for r in read_jsonl(path) if r.get('step', math.inf) <= resumed_step] if resumed_step else []
+    rows = [r for r in paths.read_jsonl(path) if r.get('step', math.inf) <= resumed_step] if resumed_step else []
     _replace(path, ''.join(json.dumps(r) + '\n' for r in rows))
     return path.open('a', encoding='utf-8', buffering=1)     # by the line: a kill loses none
 

@@ -26,6 +26,7 @@ import jax
 import numpy as np
 
 from llm_jax import config as config_lib
+from llm_jax import paths
 from llm_jax.train import clock, metrics
 
 PLOTS = (('optimizer/learning_rate', 'learning rate'), ('grads/norm', 'gradient norm'),
@@ -99,7 +100,7 @@ def write(workdir, config: config_lib.Config, figures: dict, environment: dict[s
   config's keys are compared with, config.Config() where None.
   """
   workdir = pathlib.Path(workdir)
-  rows = metrics.read_jsonl(workdir / 'metrics.jsonl')
+  rows = paths.read_jsonl(workdir / 'metrics.jsonl')
   curves = {key: _series(rows, key) for key in ('loss/train', 'loss/valid', *(key for key, _ in PLOTS))}
   spent = clock.read(workdir)
   if 'validation loss' in figures:
@@ -127,7 +128,7 @@ def write(workdir, config: config_lib.Config, figures: dict, environment: dict[s
   if speed and mfu:
     page.paragraph(f'Median {np.median(speed):,.0f} tokens per second, MFU {np.median(mfu):.1%}. '
                    f'{metrics.MFU_CONVENTION}.')
-  _events(page, metrics.read_jsonl(workdir / 'events.jsonl'))
+  _events(page, paths.read_jsonl(workdir / 'events.jsonl'))
   page.heading('Energy')
   if energy:
     page.paragraph(f'About {energy["kwh"]:.4g} kWh and {energy["co2e_kg"]:.4g} kg CO2e, at {energy["watts"]:.4g} W: '
@@ -135,15 +136,15 @@ def write(workdir, config: config_lib.Config, figures: dict, environment: dict[s
   else:
     page.paragraph('Not estimated.')
   page.heading('Samples')
-  _samples(page, metrics.read_jsonl(workdir / 'samples.jsonl'))
+  _samples(page, paths.read_jsonl(workdir / 'samples.jsonl'))
   page.heading('Config')
   _config(page, config, default or config_lib.Config())
   page.heading('Environment')
   page.table(('', ''), list(environment.items()))
-  paths = workdir / 'report.html', workdir / 'report.md'
-  for path, text in zip(paths, (page.as_html(), page.as_markdown())):
+  written = workdir / 'report.html', workdir / 'report.md'
+  for path, text in zip(written, (page.as_html(), page.as_markdown())):
     path.write_text(text, encoding='utf-8', errors='backslashreplace')
-  return paths
+  return written
 
 
 def _series(rows, key):
