@@ -1,8 +1,12 @@
 """Models of other libraries compute here what they compute there, and go back unchanged: each architecture against
 transformers (extra `parity`), with tiny random models; files that are broken or hostile end in one line."""
 import dataclasses
+import functools
 import json
+import pathlib
+import shutil
 import struct
+import tempfile
 
 import jax
 import numpy as np
@@ -82,16 +86,26 @@ def test_every_published_shape_has_a_config_there(name):
   assert all(link.parts for link in layout.hf_links(family.name, dataclasses.replace(model, layers=2)))
 
 
-def directory(folder, tokenizer_json, **changes):
-  """A tiny llama of ours as a Hugging Face directory, its config.json changed."""
+@functools.cache
+def made(tokenizer_json):
+  """(a tiny llama of ours as a Hugging Face directory, the model), once for all tests."""
   shape = config_lib.derive(config_lib.Model(vocab_size=V, layers=2, width=32, heads=4, kv_heads=2, mlp_dim=48,
                                              max_length=64, mlp='swiglu', tied_embeddings=False))
   params = jax.jit(lambda: transformer.init(shape, jax.random.key(0)))()
-  (folder / 't').mkdir(parents=True)
+  place = tempfile.TemporaryDirectory()
+  folder = pathlib.Path(place.name)
+  (folder / 't').mkdir()
   (folder / 't/tokenizer.json').write_text(tokenizer_json)
   model = load.Loaded(load.config_of(shape, None), vocabulary.from_folder(folder / 't'), '{{ messages }}', 'llama',
                       'float32', 'made here', params)
   save.to_hf(model, folder / 'm')
+  return place, model
+
+
+def directory(folder, tokenizer_json, **changes):
+  """A copy of it in folder/m, its config.json changed, and the model."""
+  place, model = made(tokenizer_json)
+  shutil.copytree(pathlib.Path(place.name) / 'm', folder / 'm')
   said = json.loads((folder / 'm/config.json').read_text()) | changes
   (folder / 'm/config.json').write_text(json.dumps({k: v for k, v in said.items() if v != 'absent'}))
   return folder / 'm', model
@@ -135,6 +149,7 @@ def test_shards_with_an_index_bfloat16_and_the_template(tmp_path, tokenizer_json
   save.to_hf(load.load(folder), tmp_path / 'half', 'bfloat16')
   assert len(list((tmp_path / 'half').glob('*.safetensors'))) > 2
   half = load.load(tmp_path / 'half')
+  assert not save.to_gguf(half, tmp_path / 'half.gguf').notes
   assert half.dtype == 'bfloat16' and half.chat_template == '{{ messages }}'
   save.to_hf(half, tmp_path / 'again')
   for name in ('model.safetensors.index.json', 'config.json', 'model-00001-of-00005.safetensors'):
@@ -241,6 +256,18 @@ def test_what_is_no_model_says_what_is_expected(tmp_path):
     load.load(tmp_path / 'other.gguf')
 
 
+def test_norms_beyond_bfloat16_are_rounded_and_that_is_said(tmp_path, tokenizer_json):
+  """A GGUF file of bfloat16 keeps norms in float32."""
+  _, model = directory(tmp_path, tokenizer_json)
+  params = jax.tree.map(lambda x: x.astype('bfloat16').astype('float32') if x.ndim > 2 else 1.001 * x, model.params)
+  first = save.to_gguf(dataclasses.replace(model, params=params), tmp_path / 'x.gguf', 'bfloat16')
+  again = load.load(first.path)
+  saved = save.to_hf(again, tmp_path / 'half')
+  assert again.dtype == 'bfloat16' and '5 of 21 tensors are rounded' in saved.notes[0]
+  assert 0 < saved.error < 0.1
+  assert save.to_hf(again, tmp_path / 'whole', 'float32').error == 0
+
+
 def test_an_architecture_without_a_counterpart_names_what_differs(tmp_path, tokenizer_json):
   _, model = directory(tmp_path, tokenizer_json)
   odd = dataclasses.replace(model.config.model, mlp='relu2', value_skips=True)
@@ -259,4 +286,5 @@ def test_quantised_files_say_their_kinds_and_lose_little(tmp_path, tokenizer_jso
     assert kinds['blk.0.attn_q.weight'] == dict(float16='F16', bfloat16='BF16').get(kind, kind.upper())
     error = logits(load.load(saved.path), IDS) - before
     assert 0 < np.sqrt(np.square(error).mean()) < most * before.std()
+    assert 'tensors are rounded' in saved.notes[0]
     assert load.load(saved.path).chat_template == '{{ messages }}'

@@ -34,10 +34,11 @@ def to_hf(model: Loaded, folder: pathlib.Path, dtype: str = '') -> Saved:
   links = {link.name: link for link in layout.hf_links(family.name, model.shape)}
   dtype = dtype or model.dtype
   note = hf.write_tokenizer(folder, model.tokenizer, model.chat_template, model.shape.max_length)
-  hf.write(folder, config | ids, {name: link.shape for name, link in links.items()}, reader(model, links), dtype)
+  read = Reader(model, links, dict.fromkeys(links, dtype))
+  hf.write(folder, config | ids, {name: link.shape for name, link in links.items()}, read, dtype)
   hf.write_text(folder / 'generation_config.json', json.dumps(ids, indent=1))
   hf.write_text(folder / 'README.md', card.text(model, family.architecture, dtype))
-  return Saved(folder, _same(model, folder, exact=dtype == 'float32' or dtype == model.dtype), [note] * bool(note))
+  return Saved(folder, _same(model, folder, not read.rounded), [*[note] * bool(note), *read.notes(dtype)])
 
 
 def to_orbax(model: Loaded, folder: pathlib.Path) -> Saved:
@@ -47,7 +48,7 @@ def to_orbax(model: Loaded, folder: pathlib.Path) -> Saved:
   extra = dict(chat_template=model.chat_template, family=model.family)
   with checkpoint_lib.Checkpointer(folder, 1, config_lib.to_dict(model.config)) as writer:
     writer.save(0, dict(params=jax.tree.map(lambda x: x.astype(np.float32), model.params)), extra)
-  return Saved(folder, _same(model, folder, exact=True), [])
+  return Saved(folder, _same(model, folder, True), [])
 
 
 def to_gguf(model: Loaded, path: pathlib.Path, kind: str = '') -> Saved:
@@ -64,7 +65,9 @@ def to_gguf(model: Loaded, path: pathlib.Path, kind: str = '') -> Saved:
   fields |= vocabulary.gguf_fields(model.tokenizer, model.shape.vocab_size)
   fields |= {'tokenizer.chat_template': model.chat_template} if model.chat_template else {}
   tensors = {name: (link.shape, gguf_model.kind_of(link, kind)) for name, link in links.items()}
-  read, extra = reader(model, links), gguf_model.rope_freqs(model.shape)
+  halves = dict(F32='float32', F16='float16', BF16='bfloat16')
+  read = Reader(model, links, {name: halves.get(kind) for name, (_, kind) in tensors.items()})
+  extra = gguf_model.rope_freqs(model.shape)
   if extra is not None:
     tensors['rope_freqs.weight'] = extra.shape, 'F32'
   gguf.write(path, fields, tensors, lambda name: extra if name == 'rope_freqs.weight' else read(name))
@@ -77,7 +80,7 @@ def to_gguf(model: Loaded, path: pathlib.Path, kind: str = '') -> Saved:
   if why:
     path.unlink()
     raise ConfigError(f'{path}: a GGUF file of {family.gguf} cannot say {why}; use --to=hf')
-  return Saved(path, _same(model, path, exact=kind == 'F32'), [])
+  return Saved(path, _same(model, path, not read.rounded), read.notes(kind))
 
 
 def _fresh(folder) -> pathlib.Path:
@@ -88,13 +91,27 @@ def _fresh(folder) -> pathlib.Path:
   return folder
 
 
-def reader(model: Loaded, links: dict[str, layout.Link]):
-  """name -> the tensor as that format has it, from our leaves."""
-  flat = {jax.tree_util.keystr(path, simple=True, separator='/'): x
-          for path, x in jax.tree_util.tree_leaves_with_path(model.params)}
-  def read(name):
-    return links[name].join([np.asarray(flat[part.leaf][part.place]) for part in links[name].parts])
-  return read
+class Reader:
+  """name -> the tensor as that format has it, from our leaves. rounded: those that its dtype (None: quantised) does not
+  hold exactly."""
+
+  def __init__(self, model: Loaded, links: dict[str, layout.Link], dtypes: dict[str, str | None]):
+    self.links, self.dtypes, self.rounded = links, dtypes, []
+    self.flat = {jax.tree_util.keystr(path, simple=True, separator='/'): x
+                 for path, x in jax.tree_util.tree_leaves_with_path(model.params)}
+
+  def __call__(self, name: str) -> np.ndarray:
+    link, dtype = self.links[name], self.dtypes[name]
+    array = link.join([np.asarray(self.flat[part.leaf][part.place]) for part in link.parts])
+    with np.errstate(over='ignore'):
+      if dtype is None or dtype != 'float32' and not np.array_equal(array.astype(dtype).astype(array.dtype), array):
+        self.rounded.append(name)
+    return array
+
+  def notes(self, kind: str) -> list[str]:
+    if not self.rounded:
+      return []
+    return [f'{len(self.rounded)} of {len(self.links)} tensors are rounded: {kind} does not hold them exactly']
 
 
 def _same(model: Loaded, path, exact: bool) -> float:
