@@ -1,6 +1,9 @@
 """What accelerators can do, and which machines are made of them: figures for MFU (train/metrics.py) and for planning
-runs on machines that are not here (plan.py)."""
+runs on machines that are not here (plan.py). And the cache of what was compiled for this one."""
 import dataclasses
+import hashlib
+import pathlib
+import platform
 import re
 
 from llm_jax.config import ConfigError, nearest
@@ -96,3 +99,14 @@ def _size(shape):
   for part in shape.split('x'):
     size *= int(part)
   return size
+
+
+def keep_programs(folder) -> None:
+  """Compiled programs that took half a second are kept in folder/xla-..., one for each kind of CPU: JAX would load what
+  was compiled for another."""
+  import jax
+  cpuinfo = pathlib.Path('/proc/cpuinfo')
+  flags = re.search(r'^(flags|Features)\s*:.*', cpuinfo.read_text(), re.M) if cpuinfo.exists() else None
+  cpu = hashlib.sha256((platform.machine() + (flags.group() if flags else '')).encode()).hexdigest()[:8]
+  jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(folder) / f'xla-{cpu}'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)

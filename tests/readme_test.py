@@ -37,8 +37,8 @@ def commands():
 def test_the_two_commands_are_the_ones_ci_runs():
   first = blocks('bash')[0].splitlines()
   assert first == ['pip install -e . && python -m llm_jax.main --config=configs/base.py',
-                   "pip install -e '.[test]' && pytest"]
-  assert 'pytest' in (ROOT / '.ci/run').read_text()
+                   "pip install -e '.[test]' && pytest -n 2 --dist=loadfile"]
+  assert 'pytest -n 2 --dist=loadfile' in (ROOT / '.ci/run').read_text()
 
 
 def test_every_extra_named_exists():

@@ -13,7 +13,7 @@ import numpy as np
 
 from llm_jax import checkpoint as checkpoint_lib
 from llm_jax import config as config_lib
-from llm_jax import paths, sharding
+from llm_jax import hardware, paths, sharding
 from llm_jax.config import ConfigError
 from llm_jax.data import batches as batches_lib
 from llm_jax.data import prepare, store
@@ -44,8 +44,7 @@ def train(cfg: config_lib.Config, workdir: str, started: float | None = None) ->
   mesh = sharding.make_mesh(cfg.mesh)
   step_lib.check_rows(cfg, mesh)
   if cfg.log.compile_cache:
-    jax.config.update('jax_compilation_cache_dir', str(store.cache_folder(cfg.data) / 'xla'))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+    hardware.keep_programs(store.cache_folder(cfg.data))
   with RunDirectory(workdir, store.cache_folder(cfg.data)) as directory, jax.set_mesh(mesh):
     with Run(cfg, directory, mesh, started) as run:
       run.setup()
