@@ -103,8 +103,10 @@ def _size(shape):
 
 def keep_programs(folder) -> None:
   """Compiled programs that took half a second are kept in folder/xla-..., one for each kind of CPU: JAX would load what
-  was compiled for another."""
+  was compiled for another. A cache that the user has named to JAX stays."""
   import jax
+  if jax.config.jax_compilation_cache_dir:
+    return
   cpuinfo = pathlib.Path('/proc/cpuinfo')
   flags = re.search(r'^(flags|Features)\s*:.*', cpuinfo.read_text(), re.M) if cpuinfo.exists() else None
   cpu = hashlib.sha256((platform.machine() + (flags.group() if flags else '')).encode()).hexdigest()[:8]

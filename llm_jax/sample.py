@@ -65,9 +65,11 @@ def run(flags) -> None:
   options = dict(max_tokens=flags.max_tokens, temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p,
                  min_p=flags.min_p, repetition_penalty=flags.repetition_penalty, stop=tuple(flags.stop),
                  seed=flags.seed, n=flags.n)
-  from llm_jax import api
+  from llm_jax import api, hardware
+  from llm_jax.data import store
   from llm_jax.generate import sampling
   sampling.Options(**options)                # a wrong option fails before the model is read
+  hardware.keep_programs(store.cache_folder(config_lib.Data()))
   with mesh(flags.fsdp, flags.tensor):
     model = api.load(flags.model, flags.step, flags.ema, verify=not flags.no_verify)
     results = generate(model, prompts, flags, options)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from llm_jax import checkpoint, sample
+from llm_jax import checkpoint, hardware, sample
 from llm_jax import config as config_lib
 from llm_jax.data import tokenizer as tokenizer_lib
 
@@ -17,6 +17,11 @@ CONFIG = config_lib.Config(model=config_lib.Model(layers=1, width=32, heads=4),
                            data=config_lib.Data(source='text', path='corpus', length=48),
                            tokenizer=config_lib.Tokenizer(kind='char'), log=config_lib.Log(compile_cache=False))
 ALPHABET = '\n\x1b\x9b\rabcdefghé€字'
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch):
+  monkeypatch.setattr(hardware, 'keep_programs', lambda folder: None)
 
 
 @pytest.fixture(scope='module')

@@ -172,11 +172,11 @@ def _batch(cfg, weights, rows, nth, options, vocab_size, start_id, watch):
   state, token_B, live_B = prefill(plan, weights, request, _pad(rows), length_B, source)
   live_B = np.array(live_B)
   size = STREAM if watch else WHOLE
+  out = [[] for _ in rows]
+  cut = _extend(out, np.asarray(token_B)[:, None], live_B, watch)                  # shown before decode is compiled
   if live_B.any():
     state, *_ = decode(plan, size, weights, request, state, np.int32(0), live_B)   # compiles; generates nothing
   start = time.perf_counter()
-  out = [[] for _ in rows]
-  cut = _extend(out, np.asarray(token_B)[:, None], live_B, watch)
   steps = 1 if watch else size
   while live_B.any():
     before = time.perf_counter()
