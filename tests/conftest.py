@@ -2,6 +2,7 @@
 import os
 
 import pytest
+from smollm2 import smollm2  # noqa: F401
 
 # A device that waits for others in a collective holds one of XLA's threads, of which there are as many as devices; and
 # XLA takes a machine that is busy for 40 seconds for one that stands still, and aborts.
