@@ -142,8 +142,8 @@ def test_what_gguf_cannot_name_is_refused(tmp_path, small):
     vocabulary.gguf_fields(HuggingFace(json.dumps(said).encode(), {}), 400)
   with pytest.raises(ConfigError, match='at least 400 ids, got size 399'):
     vocabulary.gguf_fields(small, 399)
-  with pytest.raises(ConfigError, match='a byte tokenizer'):
-    vocabulary.gguf_fields(tokenizer.build(config.Tokenizer(kind='byte'), ()), 300)
+  with pytest.raises(ConfigError, match='a char tokenizer'):
+    vocabulary.gguf_fields(tokenizer.build(config.Tokenizer(kind='char'), ['abc']), 300)
   for options, message in ((dict(model_type='unigram'), 'other than BPE'),
                            (dict(byte_fallback=False, vocab_size=120), 'byte_fallback'),
                            (dict(remove_extra_whitespaces=True), 'normalises'),

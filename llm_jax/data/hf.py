@@ -37,7 +37,8 @@ class HuggingFace(Tokenizer):
     self.sentinel_ids = tuple(vocab[s] for s in SPECIALS[1:] if s in vocab)
     decoder = json.dumps(json.loads(model)['decoder'])
     self._bytes = _token_bytes(decoder, vocab, added, self.vocab_size)
-    self._first_space = '"ByteLevel"' in decoder     # the others put one before the text and take it off again
+    # Some put a space before the text and take it off again.
+    self._first_space = '"Strip"' not in decoder and ('"Metaspace"' not in decoder or '"never"' in decoder)
     self._sign(roles)
 
   def _encode_batch(self, texts):

@@ -15,6 +15,7 @@ import numpy as np
 from llm_jax.config import ConfigError
 from llm_jax.data import tokenizer as tokenizer_lib
 from llm_jax.data.hf import HuggingFace
+from llm_jax.interop import pieces
 
 DTYPES = dict(F64=np.float64, F32=np.float32, F16=np.float16, BF16=ml_dtypes.bfloat16)
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
@@ -161,22 +162,26 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def write_tokenizer(folder: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer, template: str | None, length: int) -> str:
-  """The tokenizer as transformers reads it; where it has no way to (our own kinds), as llm_jax does, in tokenizer/.
-  Returns a note on that, or ''."""
+  """The tokenizer as transformers reads it, and one of ours also as we do, in tokenizer/. Returns a note where
+  transformers cannot read it, or ''."""
   said = dict(model_max_length=length, clean_up_tokenization_spaces=False)
   if template:
     write_text(folder / 'chat_template.jinja', template)
+  ours = pieces.as_json(tokenizer)
+  if ours or getattr(tokenizer, 'own', False):
+    tokenizer.save(folder / 'tokenizer')                 # what we read: exact on any text
+  if ours:
+    ours.adds_bos, tokenizer = tokenizer.adds_bos, ours
   if isinstance(tokenizer, HuggingFace):
-    (folder / 'tokenizer.json').write_bytes(tokenizer.model)
+    (folder / 'tokenizer.json').write_bytes(pieces.beginning_with_bos(tokenizer))
     said |= {f'{role}_token': token for role, token in tokenizer.roles.items()}
     said |= dict(tokenizer_class='PreTrainedTokenizerFast')
-  elif isinstance(tokenizer, tokenizer_lib.SentencePiece) and not tokenizer.own:
+  elif not tokenizer.own:
     (folder / 'tokenizer.model').write_bytes(tokenizer.model)
     ids = dict(bos=tokenizer.bos_id, eos=tokenizer.eos_id)
     said |= {f'{role}_token': tokenizer.piece(i) for role, i in ids.items() if i is not None}
     said |= dict(tokenizer_class='LlamaTokenizer', legacy=False, add_bos_token=tokenizer.adds_bos)
   else:
-    tokenizer.save(folder / 'tokenizer')
-    return f'the {tokenizer.kind} tokenizer has no counterpart there: it lies in tokenizer/, which llm_jax reads'
+    return 'a unigram tokenizer of ours has no counterpart there: it lies in tokenizer/, which llm_jax reads'
   write_text(folder / 'tokenizer_config.json', json.dumps(said, indent=1))
   return ''

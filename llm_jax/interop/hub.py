@@ -7,7 +7,7 @@ from collections.abc import Callable
 from llm_jax.config import ConfigError
 
 # What is read of a model; nothing that could be unpickled, and no second copy of the weights.
-FILES = ('*.json', '*.jinja', '*.safetensors', 'tokenizer.model', '*.tiktoken', 'merges.txt')
+FILES = ('*.json', '*.jinja', '*.safetensors', '*tokenizer.model', '*.tiktoken', 'merges.txt')
 
 
 def download(name: str) -> pathlib.Path:

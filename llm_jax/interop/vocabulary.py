@@ -13,7 +13,9 @@ import re
 from llm_jax.config import ConfigError
 from llm_jax.data import hf
 from llm_jax.data.hf import BYTE_OF, HuggingFace
-from llm_jax.data.tokenizer import LOOKS_SPECIAL, SentencePiece, Tokenizer, readable
+from llm_jax.data.tokenizer import LOOKS_SPECIAL, Byte, SentencePiece, Tokenizer, readable
+from llm_jax.interop import pieces
+from llm_jax.interop.pieces import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -39,7 +41,6 @@ SAME = {GPT2.removesuffix(r'|\s+'): GPT2,
         **{p.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"): p
            for p in (LLAMA3, QWEN)}}
 
-NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)         # tokenizer.ggml.token_type; SentencePiece's as well
 CHAR_OF = {b: c for c, b in BYTE_OF.items()}
 FLAGS = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
 LLAMA3_RANKS = 128_000
@@ -111,14 +112,16 @@ def gguf_fields(tokenizer: Tokenizer, size: int) -> dict:
   ConfigError for a tokenizer that GGUF cannot name."""
   if size < tokenizer.vocab_size:
     raise ConfigError(f'expected an embedding of at least {tokenizer.vocab_size} ids, got size {size}')
-  if isinstance(tokenizer, HuggingFace):
-    fields, pad = _bpe_fields(tokenizer), 'pad' in tokenizer.roles
+  if isinstance(tokenizer, (HuggingFace, Byte)):
+    made = pieces.as_json(tokenizer) or tokenizer
+    fields, pad = _bpe_fields(made), 'pad' in made.roles
   elif isinstance(tokenizer, SentencePiece):
     fields = _sentencepiece_fields(tokenizer)
     pad = fields['token_type'][tokenizer.pad_id] == CONTROL
-    fields['scores'] += [0.] * (size - len(fields['scores']))
   else:
     raise _unnamed(f'a {tokenizer.kind} tokenizer')
+  if 'scores' in fields:
+    fields['scores'] += [0.] * (size - len(fields['scores']))
   more = range(len(fields['tokens']), size)
   fields['tokens'] += [f'[PAD{i}]' for i in more]
   fields['token_type'] += [UNUSED] * len(more)
@@ -206,6 +209,8 @@ def _gguf_sentencepiece(fields, tokens, types, ids):
 
 
 def _bpe_fields(tokenizer):
+  if found := pieces.as_pieces(tokenizer):
+    return dict(model='llama', pre='default') | found
   whole = json.loads(tokenizer.model)
   model, normal = whole['model'], (whole['normalizer'] or {}).get('type')
   vocab, added = dict(model['vocab']), {token['id']: token for token in whole['added_tokens']}
@@ -222,7 +227,7 @@ def _bpe_fields(tokenizer):
   merges = [merge if isinstance(merge, str) else ' '.join(merge) for merge in model['merges']]
   if any(merge.count(' ') != 1 for merge in merges):
     raise _unnamed('a merge of tokens with spaces')
-  names = [name for name, (splits, _) in PRES.items() if splits == regexes]
+  names = [name for name, (splits, _) in PRES.items() if splits == regexes or not merges]
   if not names:
     raise _unnamed(f'the pre-tokenizer {json.dumps(whole["pre_tokenizer"])[:300]}')
   ignores = bool(model.get('ignore_merges'))
