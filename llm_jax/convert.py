@@ -41,7 +41,7 @@ def main(args: list[str]) -> None:
 def run(flags) -> None:
   from llm_jax.interop import load
   start = time.perf_counter()
-  model = load.load(flags.source, step=flags.step, ema=flags.ema, dtype='float32')
+  model = load.find(flags.source, step=flags.step, ema=flags.ema, dtype='float32')
   print(f'read {flags.source}: {model.origin}', flush=True)
   upload = flags.target.removeprefix('hf:') if flags.target.startswith('hf:') else ''
   if upload:

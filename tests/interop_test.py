@@ -7,11 +7,14 @@ import pathlib
 import shutil
 import struct
 import tempfile
+import time
 
 import jax
 import numpy as np
 import pytest
 import runs
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from theirs import CASES, IDS, V, leaves, logits, theirs
 
 from llm_jax import config as config_lib
@@ -200,6 +203,22 @@ def test_training_goes_on_from_a_model_from_elsewhere(kind, tmp_path, tokenizer_
   assert 'No evaluation was recorded' in card.text(load.load(tmp_path / 'run'), 'X', 'float32')
 
 
+def test_what_ends_a_text_comes_along(tmp_path, tokenizer_json):
+  """The list of generation_config.json, by way of every format."""
+  folder, model = directory(tmp_path, tokenizer_json)
+  go = lambda m: sampling.generate(m.shape, m.params, m.tokenizer, ['the fox'], max_tokens=8)[0]
+  tokens = go(model).tokens
+  stop = next(t for t in tokens[2:] if t not in tokens[:2])
+  (folder / 'generation_config.json').write_text(json.dumps(dict(eos_token_id=[95, stop])))
+  first = load.load(folder)
+  assert first.tokenizer.stop_ids == (95, stop) and model.tokenizer.stop_ids == ()
+  ended = go(first)
+  assert ended.finish_reason == 'stop' and ended.tokens == tokens[:tokens.index(stop) + 1]
+  for saved in (save.to_hf(first, tmp_path / 'b'), save.to_orbax(first, tmp_path / 'c'),
+                save.to_gguf(first, tmp_path / 'd.gguf')):
+    assert load.load(saved.path).tokenizer.stop_ids == (95, stop), saved.path
+
+
 def safetensors(header, data=b'', size=None):
   text = header if isinstance(header, bytes) else json.dumps(header).encode()
   return struct.pack('<Q', len(text) if size is None else size) + text + data
@@ -220,6 +239,63 @@ def test_a_hostile_safetensors_file_is_one_line(content, tmp_path, tokenizer_jso
   with pytest.raises(ConfigError, match='no sound safetensors file') as e:
     load.load(folder)
   assert '\n' not in str(e.value) and len(str(e.value)) < 600
+
+
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_bytes_changed_in_a_header_are_one_line_or_load(data, tmp_path_factory, tokenizer_json):
+  """Of a safetensors file; what loads has every tensor in the shape its config.json says."""
+  place, model = made(tokenizer_json)
+  folder = tmp_path_factory.mktemp('fuzz')
+  shutil.copytree(pathlib.Path(place.name) / 'm', folder / 'm')
+  file = folder / 'm/model.safetensors'
+  content = bytearray(file.read_bytes())
+  end = 8 + int.from_bytes(content[:8], 'little')
+  for _ in range(data.draw(st.integers(1, 4))):
+    at = data.draw(st.integers(0, end - 1) | st.integers(0, 40))
+    new = data.draw(st.binary(max_size=3) | st.sampled_from([b'9', b'0', b'"', b'}', b'-1', b'F16', b'I64']))
+    content[at:at + data.draw(st.integers(0, 3))] = new
+  file.write_bytes(content)
+  try:
+    found = leaves(load.load(folder / 'm'))
+  except ConfigError as e:
+    assert '\n' not in str(e) and len(str(e)) < 1000
+  else:
+    assert {k: x.shape for k, x in found.items()} == {k: x.shape for k, x in leaves(model).items()}
+  shutil.rmtree(folder)
+
+
+@settings(max_examples=2000, deadline=None)
+@given(st.data())
+def test_any_value_in_a_config_is_one_line_or_a_model(data):
+  """Of every family: never another exception, and never a model with sizes out of range."""
+  name, keys = CASES[data.draw(st.sampled_from(sorted(CASES)))]
+  said = dict(keys, model_type=name, rope_theta=1e4, rope_scaling=dict(rope_type='linear', factor=2.0))
+  values = st.one_of(st.none(), st.booleans(), st.integers(-2**70, 2**70), st.floats(), st.text(max_size=5), st.lists(
+      st.integers(), max_size=3), st.dictionaries(st.text(max_size=3), st.integers(), max_size=2))
+  for _ in range(data.draw(st.integers(1, 3))):
+    said[data.draw(st.sampled_from(sorted(said)))] = data.draw(values)
+  try:
+    _, model = families.model_of(said, 'config.json')
+  except ConfigError as e:
+    assert '\n' not in str(e) and len(str(e)) < 1000
+  else:
+    assert model.layers >= 1 and model.width >= 1 and model.head_dim >= 1 and model.vocab_size >= 1
+
+
+def test_a_hundred_thousand_tensors_are_refused_at_once(tmp_path, tokenizer_json):
+  folder, _ = directory(tmp_path, tokenizer_json)
+  many = {f't{i}': dict(dtype='F32', shape=[1], data_offsets=[4 * i, 4 * i + 4]) for i in range(100_000)}
+  (folder / 'model.safetensors').write_bytes(safetensors(many, b'\0' * 400_000))
+  start = time.monotonic()
+  with pytest.raises(ConfigError, match='tensors missing') as e:
+    load.load(folder)
+  assert len(str(e.value)) < 600 and time.monotonic() - start < 30
+  gguf.write(tmp_path / 'x.gguf', {'general.architecture': 'llama'},
+             {f't{i}': ((1,), 'F32') for i in range(100_000)}, lambda name: np.zeros(1, np.float32))
+  with pytest.raises(ConfigError) as e:
+    load.load(tmp_path / 'x.gguf')
+  assert len(str(e.value)) < 600 and time.monotonic() - start < 60
 
 
 def test_a_truncated_file_is_one_line(tmp_path, tokenizer_json):

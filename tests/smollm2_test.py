@@ -1,4 +1,5 @@
 """A real model: SmolLM2-135M-Instruct (smollm2.py)."""
+import os
 import subprocess
 import sys
 
@@ -39,4 +40,31 @@ assert peak() - before < sum(sizes) + 1.3 * embedding, (peak() - before, sum(siz
 def test_loading_holds_the_model_once(smollm2):
   """Peak memory stays below the model, once, and 1.3 times its largest tensor."""
   out = subprocess.run([sys.executable, '-c', MEMORY, str(smollm2)], capture_output=True, text=True, timeout=300)
+  assert out.returncode == 0, out.stderr
+
+
+SPREAD = """
+import resource, sys
+import jax
+from llm_jax import config, sharding
+from llm_jax.interop import load
+import gguf.quants
+mesh = sharding.make_mesh(config.Mesh(fsdp=4, tensor=1, data=2))
+jax.device_put(1.0, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())).block_until_ready()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+params = load.load(sys.argv[1], mesh=mesh).params
+leaves = jax.tree.leaves(jax.block_until_ready(params))
+held = sum(shard.data.nbytes for x in leaves for shard in x.addressable_shards)
+embedding = params['embed_VD'].nbytes
+assert held < 2.1 * sum(x.nbytes for x in leaves)
+assert peak() - before < held + 1.3 * embedding, (peak() - before, held, embedding)
+"""
+
+
+def test_spread_over_devices_each_holds_its_shards_alone(smollm2):
+  """On CPU devices the shards are the host's memory too: they and 1.3 times the largest tensor are all there is."""
+  env = os.environ | dict(XLA_FLAGS='--xla_force_host_platform_device_count=8')
+  out = subprocess.run([sys.executable, '-c', SPREAD, str(smollm2)], env=env, capture_output=True, text=True,
+                       timeout=300)
   assert out.returncode == 0, out.stderr

@@ -43,12 +43,18 @@ class Tokenizer:
   bos_id: int | None = None
   adds_bos = True                  # prompts begin with bos, as our documents do; False for some models from elsewhere
   eos_id: int | None = None
+  more_stops: tuple[int, ...] = () # what else ends a text or a turn, of models from elsewhere
   pad_id: int = 0
   mask_id: int | None = None
   sentinel_ids: tuple[int, ...] = ()
   fingerprint: str                 # sha256 of everything that decides the ids
   model_file = ''                  # of the saved folder; its content is `model`
   model = b''
+
+  @property
+  def stop_ids(self) -> tuple[int, ...]:
+    """What generation ends at: eos, and what else the model's files name."""
+    return tuple(dict.fromkeys(i for i in (self.eos_id, *self.more_stops) if i is not None))
 
   def encode(self, text: str) -> np.ndarray:
     """Ids of ordinary text, int32 [tokens]; neither bos nor eos is added. Raises ConfigError for what has no ids."""
@@ -80,7 +86,8 @@ class Tokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     if self.model_file:
       (folder / self.model_file).write_bytes(self.model)
-    meta = dict(format=FORMAT, kind=self.kind, fingerprint=self.fingerprint, adds_bos=self.adds_bos, **self._meta())
+    meta = dict(format=FORMAT, kind=self.kind, fingerprint=self.fingerprint, adds_bos=self.adds_bos,
+                more_stops=self.more_stops, **self._meta())
     (folder / 'meta.json').write_text(json.dumps(meta, indent=1))
 
   def _meta(self):
@@ -304,7 +311,8 @@ def load(folder: pathlib.Path) -> Tokenizer:
       made = HuggingFace((folder / HuggingFace.model_file).read_bytes(), meta['roles'])
   if made.fingerprint != meta['fingerprint']:
     raise ConfigError(f'{folder}: changed since it was saved: its fingerprint is not the one in meta.json')
-  made.adds_bos = meta.get('adds_bos', True)         # a folder from before this key is of a model of ours
+  made.adds_bos = meta.get('adds_bos', True)         # a folder from before these keys is of a model of ours
+  made.more_stops = tuple(meta.get('more_stops', ()))
   return made
 
 

@@ -36,7 +36,7 @@ class Options:
   min_p: float = 0.0               # keep those at least this share of the likeliest (arXiv 2407.01082)
   repetition_penalty: float = 1.0  # logits of tokens seen so far, prompt included (CTRL, arXiv 1909.05858)
   stop: tuple[str, ...] = ()       # texts to end before
-  stop_ids: tuple[int, ...] | None = None   # tokens to end at; None: the tokenizer's eos
+  stop_ids: tuple[int, ...] | None = None   # tokens to end at; None: the tokenizer's
   seed: int = 0
   n: int = 1                       # samples per prompt
 
@@ -80,7 +80,7 @@ def generate(model_cfg: config_lib.Model, params, tokenizer, prompts: list, *, o
   options = Options(**options)
   prompts = [prompts] if isinstance(prompts, str) else prompts
   if options.stop_ids is None:
-    options = dataclasses.replace(options, stop_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,))
+    options = dataclasses.replace(options, stop_ids=tokenizer.stop_ids)
   ids = encode(model_cfg, tokenizer, prompts)
   rows = [p for p in ids for _ in range(options.n)]
   streams = [TextStream(tokenizer, row, options.stop) for row in rows]

@@ -22,6 +22,8 @@ HARMLESS = frozenset('''
     _flash_attn_2_enabled problem_type max_window_layers eos_token_ids chunk_size_feed_forward trainer tokenizer_class
     attention_implementation _commit_hash unsloth_version unsloth_fixed license'''.split())
 
+LAYERS = 10_000           # more than any model has: a hostile number ends here
+
 
 class Keys:
   """A config.json whose keys are taken one by one."""
@@ -41,10 +43,11 @@ class Keys:
       raise ConfigError(f'{self.where}: {name}: expected {type(default[0]).__name__}, got {value!r}')
     return value
 
-  def integer(self, name: str, *default) -> int:
+  def integer(self, name: str, *default, most: int = 2**31 - 1) -> int:
+    """From 1 on; 0 only where that is the default."""
     value = self(name, *default)
-    if type(value) is not int or not 0 <= value < 2**31 - 1:
-      raise ConfigError(f'{self.where}: {name}: expected a whole number, got {value!r}')
+    if type(value) is not int or not (0 if default == (0,) else 1) <= value <= most:
+      raise ConfigError(f'{self.where}: {name}: expected a whole number up to {most}, got {str(value)[:60]!r}')
     return value
 
   def only(self, name: str, value, *default):
@@ -74,17 +77,20 @@ def model_of(config: dict, where: str) -> tuple[Family, Model]:
   name = config.get('model_type')
   if name in ('gemma3', 'llava', 'mistral3') and isinstance(config.get('text_config'), dict):
     raise ConfigError(f'{where}: {name} reads images too; only text models are known, such as gemma3_text')
-  if name not in FAMILIES:
+  if not isinstance(name, str) or name not in FAMILIES:
     raise ConfigError(f'{where}: architecture {name!r} cannot be run{nearest(str(name), FAMILIES)}')
   if 'quantization_config' in config:
     raise ConfigError(f'{where}: its weights are quantised (quantization_config); take the original model, or a GGUF')
   family, keys = FAMILIES[name], Keys(config, where)
-  fields = family.read(keys)
-  keys.finish()
+  try:
+    fields = family.read(keys)
+    keys.finish()
+  except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as e:
+    raise ConfigError(f'{where}: holds a value of another kind than transformers writes ({e})') from e
   try:
     model = config_lib.derive(Model(**fields))
     config_lib.check(config_lib.Config(model=model, data=config_lib.Data(length=1)))
-  except (ConfigError, TypeError, ZeroDivisionError) as e:
+  except (ConfigError, TypeError, ArithmeticError) as e:
     raise ConfigError(f'{where}: {e}') from e
   return family, model
 
@@ -140,9 +146,11 @@ def period(windows: list[int]) -> tuple[int, ...]:
 # Shared parts ---------------------------------------------------------------------------------------------------------
 
 def sizes(k: Keys) -> dict:
-  return dict(vocab_size=k.integer('vocab_size'), width=k.integer('hidden_size'), layers=k.integer('num_hidden_layers'),
-              heads=(heads := k.integer('num_attention_heads')), kv_heads=k.integer('num_key_value_heads', heads),
-              head_dim=k.integer('head_dim', 0), max_length=k.integer('max_position_embeddings'))
+  heads = k.integer('num_attention_heads')
+  return dict(vocab_size=k.integer('vocab_size'), width=k.integer('hidden_size'),
+              layers=k.integer('num_hidden_layers', most=LAYERS), heads=heads,
+              kv_heads=k.integer('num_key_value_heads', heads), head_dim=k.integer('head_dim', 0),
+              max_length=k.integer('max_position_embeddings'))
 
 
 def write_sizes(m: Model, head_dim: bool = True) -> dict:
@@ -234,11 +242,11 @@ def gpt2(k: Keys) -> dict:
     k.only(name, False)
   k.only('scale_attn_weights', True)
   width = k.integer('n_embd')
-  return dict(vocab_size=k.integer('vocab_size'), width=width, layers=k.integer('n_layer'), heads=k.integer('n_head'),
-              max_length=k.integer('n_positions'), mlp_dim=k.integer('n_inner', 0), norm='layer', norm_bias=True,
-              norm_eps=k('layer_norm_epsilon', 1e-5), positions='learned', attention_bias=True, attention_out_bias=True,
-              mlp=activation(k, 'activation_function', 'gelu_new'), mlp_bias=True,
-              tied_embeddings=k('tie_word_embeddings', True))
+  return dict(vocab_size=k.integer('vocab_size'), width=width, layers=k.integer('n_layer', most=LAYERS),
+              heads=k.integer('n_head'), max_length=k.integer('n_positions'), mlp_dim=k.integer('n_inner', 0),
+              norm='layer', norm_bias=True, norm_eps=k('layer_norm_epsilon', 1e-5), positions='learned',
+              attention_bias=True, attention_out_bias=True, mlp_bias=True,
+              mlp=activation(k, 'activation_function', 'gelu_new'), tied_embeddings=k('tie_word_embeddings', True))
 
 
 def write_gpt2(m: Model) -> dict:

@@ -49,14 +49,27 @@ CLASSES = dict(GPT2Tokenizer='gpt-2', CodeGenTokenizer='gpt-2', Qwen2Tokenizer='
 
 
 def from_folder(folder: pathlib.Path) -> Tokenizer | None:
-  """The tokenizer of a Hugging Face model's folder, None where it has none; prompts begin with bos where its files say
-  so. Raises ConfigError for a broken one, or one that cannot be told from its files."""
+  """The tokenizer of a Hugging Face model's folder, None where it has none; prompts begin with bos, and texts
+  end, as its files say. Raises ConfigError for a broken one, or one that cannot be told from its files."""
   made = _from_folder(pathlib.Path(folder))
   if isinstance(made, HuggingFace):
     made.adds_bos = made.begins_with_bos()
   elif made is not None:
     made.adds_bos = _said(pathlib.Path(folder), {})[0].get('add_bos_token') is not False
+  if made is not None:
+    made.more_stops = _stops(pathlib.Path(folder), made)
   return made
+
+
+def _stops(folder, tokenizer) -> tuple[int, ...]:
+  """The ids at which generation ends besides eos: generation_config.json's, or config.json's where there is none."""
+  for name in ('generation_config.json', 'config.json'):
+    with _readable(folder / name):
+      found = json.loads((folder / name).read_text()).get('eos_token_id') if (folder / name).is_file() else None
+    ids = found if isinstance(found, list) else [found]
+    if found is not None:
+      return tuple(i for i in ids if type(i) is int and 0 <= i < tokenizer.vocab_size and i != tokenizer.eos_id)
+  return ()
 
 
 def _from_folder(folder):
@@ -104,6 +117,8 @@ def from_gguf(fields: dict) -> Tokenizer:
     made = (_gguf_bpe if kind == 'gpt2' else _gguf_sentencepiece)(fields, tokens, types, ids)
   usual = kind == 'llama' or fields.get('tokenizer.ggml.pre') in ('llama-bpe', 'llama3', 'llama-v3')    # llama.cpp's
   made.adds_bos = bool(fields.get('tokenizer.ggml.add_bos_token', usual))
+  more = (fields.get(f'tokenizer.ggml.{name}_token_id') for name in ('eot', 'eom'))
+  made.more_stops = tuple(i for i in more if type(i) is int and 0 <= i < made.vocab_size and i != made.eos_id)
   return made
 
 
@@ -125,7 +140,8 @@ def gguf_fields(tokenizer: Tokenizer, size: int) -> dict:
   more = range(len(fields['tokens']), size)
   fields['tokens'] += [f'[PAD{i}]' for i in more]
   fields['token_type'] += [UNUSED] * len(more)
-  for role, i in (('bos', tokenizer.bos_id), ('eos', tokenizer.eos_id), ('padding', tokenizer.pad_id if pad else None)):
+  for role, i in (('bos', tokenizer.bos_id), ('eos', tokenizer.eos_id), ('padding', tokenizer.pad_id if pad else None),
+                  *zip(('eot', 'eom'), tokenizer.more_stops)):
     if i is not None:
       fields[f'{role}_token_id'] = i
   fields['add_bos_token'] = bool(tokenizer.adds_bos and tokenizer.bos_id is not None)
