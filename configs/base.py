@@ -186,5 +186,5 @@ def get_config():
       cpu_watts_per_core=10.0,          # assumed power, where none can be read
   ))
 
-  config.init_from = ''                   # a run directory whose weights a new run starts from
+  config.init_from = ''                   # a model whose weights a new run starts from: any path that --model takes
   return config

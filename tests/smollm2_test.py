@@ -3,6 +3,10 @@ import os
 import subprocess
 import sys
 
+import numpy as np
+import pytest
+from shared import DATA, needs_data
+
 from llm_jax import api
 from llm_jax.interop import load, save
 
@@ -68,3 +72,27 @@ def test_spread_over_devices_each_holds_its_shards_alone(smollm2):
   out = subprocess.run([sys.executable, '-c', SPREAD, str(smollm2)], env=env, capture_output=True, text=True,
                        timeout=300)
   assert out.returncode == 0, out.stderr
+
+
+@needs_data
+@pytest.mark.slow
+def test_perplexity_is_that_of_transformers(smollm2):
+  """Both read the same GGUF file and the same 16 x 512 tokens, each row alone; within 0.5%."""
+  torch = pytest.importorskip('torch', reason="the reference needs pip install '.[parity]'")
+  transformers = pytest.importorskip('transformers', reason="the reference needs pip install '.[parity]'")
+  pytest.importorskip('accelerate', reason='transformers reads GGUF files with accelerate: pip install accelerate')
+  model = api.load(smollm2)
+  ids = model.tokenizer.encode((DATA / 'wikitext2/valid.txt').read_text()[:60_000])[:16 * 512].reshape(16, 512)
+  reference = transformers.AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name,
+                                                                dtype=torch.float32).eval()
+  sums = [0.0, 0.0]
+  for row in ids:
+    with torch.no_grad():
+      theirs = reference(torch.tensor(row[None].astype(np.int64))).logits[0].numpy()
+    for i, logits_TV in enumerate((np.asarray(model.logits(row[None]))[0], theirs)):
+      top_T = logits_TV.max(1)
+      log_sum_T = top_T + np.log(np.exp(logits_TV - top_T[:, None]).sum(1))
+      sums[i] += float((log_sum_T[:-1] - logits_TV[np.arange(511), row[1:]]).astype(np.float64).sum())
+  ours, theirs = np.exp(np.array(sums) / (16 * 511))
+  print(f'perplexity {ours:.4f}, transformers {theirs:.4f}')
+  assert abs(ours / theirs - 1) < 0.005
