@@ -8,14 +8,14 @@ import numpy as np
 
 from llm_jax import config as config_lib
 from llm_jax.config import ConfigError
-from llm_jax.generate import sampling
+from llm_jax.generate import engine, sampling
 from llm_jax.interop import load as interop
 from llm_jax.models import transformer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-  """A model to use. config: the run's Config; params: nested dict of float32 arrays; tokenizer: encode and decode."""
+  """A model to use. config: the run's Config; params: nested dict of arrays; tokenizer: encode and decode."""
   config: config_lib.Config
   params: dict = dataclasses.field(repr=False)
   tokenizer: object = dataclasses.field(repr=False)
@@ -30,7 +30,7 @@ class Model:
 
   def generate(self, prompts: str | list[str], max_tokens: int = 64, temperature: float = 0.0, **options) -> list[str]:
     """Continuations, without the prompts. options: top_k, top_p, min_p, repetition_penalty, stop, seed, n (then n texts
-    for each prompt, in order); see generate/sampling.py."""
+    for each prompt, in order) and more; see generate/options.py."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     results = sampling.generate(self.shape, self.params, self.tokenizer, prompts, max_tokens=max_tokens,
                                 temperature=temperature, **options)
@@ -73,7 +73,7 @@ class Model:
 
 def fill_rows(token_BT: np.ndarray) -> np.ndarray:
   """Rows of zeros added, up to a number that the mesh's batch axes divide."""
-  return np.pad(token_BT, ((0, sampling.row_count(len(token_BT)) - len(token_BT)), (0, 0)))
+  return np.pad(token_BT, ((0, engine.row_count(len(token_BT)) - len(token_BT)), (0, 0)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -46,13 +46,14 @@ def run(flags) -> None:
   upload = flags.target.removeprefix('hf:') if flags.target.startswith('hf:') else ''
   if upload:
     from llm_jax.interop import hub
-    saved = hub.upload(upload, lambda folder: write(model, folder, flags))
+    saved = hub.upload(upload, lambda folder, file: write(
+        model, folder / file if flags.to == 'gguf' else folder, flags))
   else:
     saved = write(model, flags.target, flags)
   for note in saved.notes:
     print(f'note: {note}')
   print(f'wrote {saved.path} in {time.perf_counter() - start:.1f} s; read back, logits differ by at most '
-        f'{saved.error:.2g}')
+        f'{saved.error:.2g} (the largest is {saved.largest:.2g})')
 
 
 def write(model, target, flags):

@@ -67,8 +67,8 @@ def run(flags) -> None:
                  seed=flags.seed, n=flags.n)
   from llm_jax import api, hardware
   from llm_jax.data import store
-  from llm_jax.generate import sampling
-  sampling.Options(**options)                # a wrong option fails before the model is read
+  from llm_jax.generate.options import Options
+  Options(**options)                # a wrong option fails before the model is read
   hardware.keep_programs(store.cache_folder(config_lib.Data()))
   with mesh(flags.fsdp, flags.tensor):
     model = api.load(flags.model, flags.step, flags.ema, verify=not flags.no_verify)

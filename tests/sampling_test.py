@@ -15,13 +15,14 @@ from llm_jax import config as config_lib
 from llm_jax import sharding
 from llm_jax.config import ConfigError
 from llm_jax.data import tokenizer as tokenizer_lib
-from llm_jax.generate import sampling
+from llm_jax.generate import engine, filters, programs, sampling
+from llm_jax.generate.options import Options
 from llm_jax.generate.text import TextStream
 from llm_jax.models import transformer
 
 LETTERS = tokenizer_lib.Char('abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ01234567é')   # 61: a letter per id
 PROMPTS = [tiny.tokens(i, n).tolist() for i, n in enumerate((1, 7, 3, 17, 12))]
-GREEDY = sampling.Options(max_tokens=14)
+GREEDY = Options(max_tokens=14)
 DRAWN = dict(max_tokens=40, temperature=1.5, top_k=40)
 THREE = PROMPTS[:3]     # the tests share shapes, and so compiled programs
 hundred = hypothesis.settings(deadline=None, max_examples=100)
@@ -69,7 +70,7 @@ def padded(rows, length=None):
 
 
 def tokens_of(outputs):
-  return [tokens for tokens, _, _ in outputs]
+  return [request.tokens for request in outputs]
 
 
 # Equal to the full forward pass --------------------------------------------------------------------------------------
@@ -95,8 +96,8 @@ def test_greedy_with_cache_is_argmax_of_the_full_forward(family):
 def test_long_prompts_and_many_positions():
   cfg = tiny.model(layers=2, max_length=1024, width=16, heads=2, tied_embeddings=False)
   params = tiny.params(cfg)
-  prompts = [tiny.tokens(i, n).tolist() for i, n in enumerate((sampling.PREFILL + 90, 3, sampling.PREFILL, 200))]
-  generated = tokens_of(sampling.generate_tokens(cfg, params, prompts, sampling.Options(max_tokens=300)))
+  prompts = [tiny.tokens(i, n).tolist() for i, n in enumerate((engine.CHUNKS[-1] + 90, 3, engine.CHUNKS[-1], 200))]
+  generated = tokens_of(sampling.generate_tokens(cfg, params, prompts, Options(max_tokens=300)))
   positions, _ = check_greedy(cfg, params, prompts, generated)
   assert positions == 1200
 
@@ -108,22 +109,20 @@ def test_a_mesh_gives_the_tokens_of_one_device(plain):
   with jax.set_mesh(mesh), warnings.catch_warnings():
     warnings.simplefilter('error')                         # a donated buffer that cannot be used
     placed = jax.device_put(params, sharding.named(mesh, sharding.param_specs(params, mesh)))
-    before = sampling.decode._cache_size()
+    before = programs.decode._cache_size()
     meshed = sampling.generate_tokens(cfg, placed, PROMPTS, GREEDY, watch=lambda row, tokens: None)
     assert tokens_of(meshed) == tokens_of(alone)
-    assert sampling.decode._cache_size() == before + 1     # five rows on 4 ways; one program for every dispatch
-    model, blocks = sampling.unstack(cfg, placed)
+    assert programs.decode._cache_size() == before + 1     # five rows on 4 ways; one program for every dispatch
+    model, blocks = programs.unstack(cfg, placed)
     w = blocks[0].mlp.w_up_DF[...]
     assert w.sharding.shard_shape(w.shape) == (cfg.width // 2, cfg.mlp_dim // 2)
 
 
 def test_the_cache_is_updated_in_place():
   cfg = tiny.model(layers=2)
-  weights = sampling.unstack(cfg, tiny.params(cfg))
-  plan = sampling.Plan(cfg, 4096, False, False, False)
-  request, length_B = sampling._request(cfg, [(1, 2)], [0], GREEDY, 61)
-  state, *_ = sampling.prefill(plan, weights, request, sampling._pad([(1, 2)]), length_B)
-  compiled = sampling.decode.lower(plan, 16, weights, request, state, np.int32(16), np.ones(1, bool)).compile()
+  e = engine.Engine(cfg, tiny.params(cfg), slots=1)
+  state = programs.empty_state(e.plan, 1, 4096, 8, 0)
+  compiled = programs.decode.lower(e.plan, e.weights, None, state, e.rows, np.int32([0]), np.int32(16)).compile()
   one = state['cache'][0][0].nbytes
   memory = compiled.memory_analysis()
   assert memory.alias_size_in_bytes >= 4 * one             # keys and values of both layers are donated
@@ -133,14 +132,15 @@ def test_the_cache_is_updated_in_place():
 # What a row depends on -----------------------------------------------------------------------------------------------
 
 def test_a_row_does_not_depend_on_its_neighbours(plain):
-  options = sampling.Options(**DRAWN, seed=3)
+  options = Options(**DRAWN, seed=3)
   together = sampling.generate_tokens(*plain, THREE, options)
   for prompt, expected in zip(THREE, together):
-    assert sampling.generate_tokens(*plain, [prompt], options)[0][:2] == expected[:2]
+    alone, = sampling.generate_tokens(*plain, [prompt], options)
+    assert (alone.tokens, alone.reason) == (expected.tokens, expected.reason)
 
 
 def test_samples_of_one_prompt_differ_and_repeat_with_the_seed(plain):
-  options = sampling.Options(**DRAWN, seed=1, n=3)
+  options = Options(**DRAWN, seed=1, n=3)
   three = tokens_of(sampling.generate_tokens(*plain, PROMPTS[1:2], options))
   assert len({tuple(t) for t in three}) == 3
   one_by_one = dataclasses.replace(options, n=1)
@@ -159,16 +159,35 @@ def test_more_rows_than_one_batch(plain, monkeypatch):
 
 # One token -----------------------------------------------------------------------------------------------------------
 
-def request_for(B, **options):
-  return sampling._request(tiny.model(), [(1,)] * B, range(B), sampling.Options(**options), 4)[0]
+def rows_for(B, *, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0, repetition=1.0, presence=0.0,
+             frequency=0.0, seed=0, biased=False, masked=False, top=-1):
+  of = lambda x, dtype: np.full(B, x, dtype)
+  return filters.Row(of(temperature, np.float32), of(top_k, np.int32), of(top_p, np.float32), of(min_p, np.float32),
+                     of(typical_p, np.float32), of(repetition, np.float32), of(presence, np.float32),
+                     of(frequency, np.float32), of(seed, np.uint32), np.arange(B, dtype=np.int32), of(biased, bool),
+                     of(masked, bool), of(top, np.int32))
+
+
+@jax.jit
+def sampled(logits_BV, row, vocab_size, count_BV, seen_BV, bias_BV, allowed_BW):
+  return filters.sample(logits_BV, jnp.full(len(logits_BV), 7), row, vocab_size, count_BV, seen_BV, bias_BV, allowed_BW)
+
+
+def sample(logits_BV, row, vocab_size=None, count_BV=None, seen_BV=None, bias_BV=None, allowed_BW=None):
+  B, V = logits_BV.shape
+  given = lambda x, dtype, n=V: np.zeros((B, n), dtype) if x is None else x
+  return np.asarray(sampled(logits_BV, row, vocab_size or V, given(count_BV, np.int32), given(seen_BV, bool),
+                            given(bias_BV, np.float32), given(allowed_BW, np.uint32, -(-V // 32))))
+
+
+KEEP = jax.jit(filters.keep)
 
 
 @hundred
 @hypothesis.given(st.integers(0, 2**32 - 1), st.integers(0, 12), st.sampled_from([0.05, 0.3, 0.9, 1.0]))
 def test_ranked_filters_keep_what_their_definitions_say(seed, k, p):
   logits = np.random.default_rng(seed).normal(0, 3, 10)
-  kept = np.asarray(sampling.keep_ranked(jnp.asarray(logits, jnp.float32)[None], np.int32([[k]]),
-                                         np.float32([[p]])))[0] > -np.inf
+  kept = np.asarray(KEEP(jnp.asarray(logits, jnp.float32)[None], rows_for(1, top_k=k, top_p=p)))[0] > -np.inf
   order = np.argsort(-logits)[:k or None]
   chances = np.exp(logits[order]) / np.exp(logits[order]).sum()
   before = np.concatenate([[0], np.cumsum(chances)[:-1]])
@@ -178,9 +197,8 @@ def test_ranked_filters_keep_what_their_definitions_say(seed, k, p):
 
 def test_samples_follow_the_distribution_after_temperature_and_min_p():
   B, logits = 4000, np.array([2.0, 1.5, 0.3, -1.0, 9.0], np.float32)
-  plan = sampling.Plan(tiny.model(), 128, True, False, False)          # id 4 is beyond the vocabulary
-  draw = lambda **options: np.bincount(np.asarray(sampling.sample(
-      plan, jnp.tile(logits, (B, 1)), np.full(B, 7, np.int32), None, request_for(B, **options))), minlength=5) / B
+  draw = lambda **options: np.bincount(sample(jnp.tile(logits, (B, 1)), rows_for(B, **options), vocab_size=4),
+                                       minlength=5) / B                # id 4 is beyond the vocabulary
   expected = np.exp(logits[:4] / 0.7)
   np.testing.assert_allclose(draw(temperature=0.7)[:4], expected / expected.sum(), atol=0.03)
   expected[2:] = 0                                         # below 0.3 of the likeliest
@@ -196,14 +214,14 @@ def test_repetition_penalty(plain):
     seen = sorted(set(row))
     logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
     row.append(int(logits.argmax()))
-  options = sampling.Options(max_tokens=10, repetition_penalty=penalty)
+  options = Options(max_tokens=10, repetition_penalty=penalty)
   assert tokens_of(sampling.generate_tokens(cfg, params, PROMPTS[1:2], options)) == [row[len(PROMPTS[1]):]]
   assert row[len(PROMPTS[1]):] != tokens_of(sampling.generate_tokens(cfg, params, PROMPTS[1:2], GREEDY))[0][:10]
 
 
 def test_ids_beyond_the_vocabulary_are_never_sampled(plain):
   cfg, params = plain
-  for options in (GREEDY, sampling.Options(max_tokens=40, temperature=50.0, top_p=0.99)):
+  for options in (GREEDY, Options(max_tokens=40, temperature=50.0, top_p=0.99)):
     outputs = sampling.generate_tokens(cfg, params, [[1, 2]] * 3, options, vocab_size=5)
     assert max(sum(tokens_of(outputs), [])) < 5
 

@@ -32,7 +32,7 @@ class HuggingFace(Tokenizer):
     added = self._tokenizer.get_added_tokens_decoder()
     self._special = {i: token.content for i, token in added.items() if token.special}
     self.bos_id, self.eos_id = vocab.get(roles.get('bos')), vocab.get(roles.get('eos'))
-    self.pad_id = vocab.get(roles.get('pad'), 0)
+    self.pad_id, self.pads = vocab.get(roles.get('pad'), 0), roles.get('pad') in vocab
     self.mask_id = vocab.get('<mask>', vocab.get('[MASK]'))
     self.sentinel_ids = tuple(vocab[s] for s in SPECIALS[1:] if s in vocab)
     decoder = json.dumps(json.loads(model)['decoder'])

@@ -309,9 +309,12 @@ def _clear(folder):
 def _lock(path, what):
   """One process at a time; the system releases the lock of a process that dies."""
   with open(path, 'w') as f:
-    try:
-      fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    for _ in range(20):                      # a second: what is worth no message
+      with contextlib.suppress(BlockingIOError):
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        break
+      time.sleep(0.05)
+    else:
       print(f'waiting for another process that prepares {what}', file=sys.stderr)
       fcntl.flock(f, fcntl.LOCK_EX)
     yield

@@ -45,6 +45,7 @@ class Tokenizer:
   eos_id: int | None = None
   more_stops: tuple[int, ...] = () # what else ends a text or a turn, of models from elsewhere
   pad_id: int = 0
+  pads = False                     # whether pad_id is a token of its own
   mask_id: int | None = None
   sentinel_ids: tuple[int, ...] = ()
   fingerprint: str                 # sha256 of everything that decides the ids
@@ -165,7 +166,7 @@ class SentencePiece(Tokenizer):
     bos, eos, pad = self._sp.bos_id(), self._sp.eos_id(), self._sp.pad_id()
     self.bos_id = None if bos < 0 else bos
     self.eos_id = self.bos_id if own else None if eos < 0 else eos
-    self.pad_id = max(pad, 0)
+    self.pad_id, self.pads = max(pad, 0), pad >= 0
     if own:
       self._space = np.array([self._sp.piece_to_id(f'<0x{b:02X}>') for b in SPACE.encode()], np.int32)
     self._sign(own)

@@ -1,5 +1,6 @@
 """The model card (README.md) of an exported model: what it is, what it was trained on, what is known of its limits."""
 from llm_jax import config as config_lib
+from llm_jax.interop import families
 from llm_jax.models import transformer
 
 
@@ -23,14 +24,15 @@ def text(model, architecture: str, dtype: str) -> str:
         f'{o.schedule}, seed {t.seed}',
         *([f'* from the weights of {config.init_from}'] if config.init_from else []), f'* {model.origin}', '']
   else:
-    parts += ['## Training data', '', f'Converted, not trained here; see the original ({model.origin}).', '']
+    parts += ['## Training data', '', 'Converted, not trained here: see the original, and its licence '
+              f'({model.origin}).', '']
   parts += [
       '## Evaluation', '', *evaluation(model, trained), '',
       '## Limits', '',
       '* It continues text; it states falsehoods fluently, and repeats what its data held, biases too.',
       f'* It reads at most {shape.max_length:,} tokens.',
       '* Nothing here was tested for a use; test it for yours.', '', '## Config', '', '```']
-  plain = config_lib.Model()
+  plain, shape = config_lib.Model(), families.computed(shape)
   parts += [f'{name} = {value!r}' for name, value in vars(shape).items() if value != getattr(plain, name)]
   return '\n'.join([*parts, '```', ''])
 

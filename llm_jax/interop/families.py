@@ -20,7 +20,13 @@ HARMLESS = frozenset('''
     n_ctx is_decoder is_encoder_decoder cache_implementation id2label label2id _attn_implementation
     _sliding_window_pattern is_llama_config output_attentions output_hidden_states return_dict transformers.js_config
     _flash_attn_2_enabled problem_type max_window_layers eos_token_ids chunk_size_feed_forward trainer tokenizer_class
-    attention_implementation _commit_hash unsloth_version unsloth_fixed license'''.split())
+    attention_implementation _commit_hash unsloth_version unsloth_fixed license attention_probs_dropout_prob
+    hidden_dropout_prob'''.split())
+# Keys that change nothing where they are False, in files of families that do not read them.
+OFF = frozenset('''
+    attention_bias mlp_bias use_mrope rope_interleaved use_sliding_window add_cross_attention tie_encoder_decoder
+    torchscript use_bfloat16 is_composition qk_layernorm alibi use_qkv_bias output_scores return_dict_in_generate
+    tf_legacy_loss'''.split())
 
 LAYERS = 10_000           # more than any model has: a hostile number ends here
 
@@ -40,26 +46,31 @@ class Keys:
       return default[0] if value is None else value
     kinds = (int, float) if isinstance(default[0], float) else type(default[0])
     if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default[0], bool):
-      raise ConfigError(f'{self.where}: {name}: expected {type(default[0]).__name__}, got {value!r}')
+      raise ConfigError(f'{self.where}: {name}: expected {type(default[0]).__name__}, got {short(value)}')
     return value
 
   def integer(self, name: str, *default, most: int = 2**31 - 1) -> int:
     """From 1 on; 0 only where that is the default."""
     value = self(name, *default)
     if type(value) is not int or not (0 if default == (0,) else 1) <= value <= most:
-      raise ConfigError(f'{self.where}: {name}: expected a whole number up to {most}, got {str(value)[:60]!r}')
+      raise ConfigError(f'{self.where}: {name}: expected a whole number up to {most}, got {short(value)}')
     return value
 
   def only(self, name: str, value, *default):
     """Refuses any value but one."""
     if (got := self(name, *(default or (value,)))) != value:
-      raise ConfigError(f'{self.where}: {name}={got!r} cannot be run; only {value!r} is known')
+      raise ConfigError(f'{self.where}: {name}={short(got)} cannot be run; only {value!r} is known')
 
   def finish(self) -> None:
     for name, value in self.left.items():
-      if name not in HARMLESS and value not in (None, False, {}, []):
-        raise ConfigError(f'{self.where}: {name}={str(value)[:60]!r} is not understood and may change what is '
+      if name not in HARMLESS and value not in (None, {}, []) and not (value is False and name in OFF):
+        raise ConfigError(f'{self.where}: {short(name)}={short(value)} is not understood and may change what is '
                           'computed; delete the key if it does not')
+
+
+def short(value) -> str:
+  """A value as it may stand in a message of one line."""
+  return ascii(value)[:60]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,15 +89,18 @@ def model_of(config: dict, where: str) -> tuple[Family, Model]:
   if name in ('gemma3', 'llava', 'mistral3') and isinstance(config.get('text_config'), dict):
     raise ConfigError(f'{where}: {name} reads images too; only text models are known, such as gemma3_text')
   if not isinstance(name, str) or name not in FAMILIES:
-    raise ConfigError(f'{where}: architecture {name!r} cannot be run{nearest(str(name), FAMILIES)}')
-  if 'quantization_config' in config:
+    raise ConfigError(f'{where}: architecture {short(name)} cannot be run{nearest(str(name)[:60], FAMILIES)}')
+  if config.get('quantization_config'):
     raise ConfigError(f'{where}: its weights are quantised (quantization_config); take the original model, or a GGUF')
   family, keys = FAMILIES[name], Keys(config, where)
   try:
+    keys.only('is_causal', True), keys('quantization_config', None)
     fields = family.read(keys)
     keys.finish()
+  except ConfigError:
+    raise
   except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as e:
-    raise ConfigError(f'{where}: holds a value of another kind than transformers writes ({e})') from e
+    raise ConfigError(f'{where}: holds a value of another kind than transformers writes ({short(str(e))})') from e
   try:
     model = config_lib.derive(Model(**fields))
     config_lib.check(config_lib.Config(model=model, data=config_lib.Data(length=1)))
@@ -159,15 +173,19 @@ def write_sizes(m: Model, head_dim: bool = True) -> dict:
               tie_word_embeddings=m.tied_embeddings, **(dict(head_dim=m.head_dim) if head_dim else {}))
 
 
-def rope(k: Keys, base: float = 10_000.0, fraction: float = 1.0, length: int = 0) -> dict:
-  """Rotary fields, from rope_parameters (transformers 5) or from rope_theta and rope_scaling (before)."""
-  said = k('rope_parameters', None) or {'rope_theta': k('rope_theta', base)} | (k('rope_scaling', None) or {})
-  k.left.pop('rope_theta', None), k.left.pop('rope_scaling', None)
+def rope(k: Keys, base: float = 10_000.0, fraction: float | None = None, length: int = 0) -> dict:
+  """Rotary fields, from rope_parameters (transformers 5) or from rope_theta and rope_scaling (before), which win where
+  both are there. fraction: the default of what is rotated; None: this family rotates all."""
+  said = {'rope_theta': k('rope_theta', base)} | (k('rope_parameters', None) or {}) | (k('rope_scaling', None) or {})
   part = Keys(said, f'{k.where}: rope_parameters')
-  fraction = part('partial_rotary_factor', k('partial_rotary_factor', fraction))
+  if fraction is None:
+    part.only('partial_rotary_factor', 1.0, k('partial_rotary_factor', 1.0))
+  fraction = part('partial_rotary_factor', k('partial_rotary_factor', fraction or 1.0))
   out = dict(rope_base=float(part('rope_theta', base)), rope_fraction=float(fraction))
   kind, old = part('rope_type', ''), part('type', 'default')
   kind = kind or old
+  if said.get('rope_type') == 'default' and old != 'default':
+    kind = old                                             # rope_scaling of old beside rope_parameters
   if kind == 'linear':
     out |= dict(rope_scaling='linear', rope_factor=float(part('factor')))
   elif kind == 'llama3':
@@ -181,7 +199,7 @@ def rope(k: Keys, base: float = 10_000.0, fraction: float = 1.0, length: int = 0
                 rope_attention_factor=float(part('attention_factor', 0.0)),
                 rope_original_length=part.integer('original_max_position_embeddings', length))
   elif kind != 'default':
-    raise ConfigError(f'{k.where}: rotary scaling {kind!r} cannot be run; known: default, linear, llama3, yarn')
+    raise ConfigError(f'{k.where}: rotary scaling {short(kind)} cannot be run; known: default, linear, llama3, yarn')
   part('original_max_position_embeddings', None)            # without effect on the others
   part.finish()
   return out
@@ -212,9 +230,9 @@ def windows(k: Keys, layers: int, otherwise: Callable[[int], bool] = lambda laye
       t == 'sliding_attention' for t in types]
   if types is not None and (len(types) != layers or set(types) - {'sliding_attention', 'full_attention'}):
     raise ConfigError(f'{k.where}: layer_types: expected full_attention or sliding_attention for each of {layers} '
-                      f'layers, got {types}')
+                      f'layers, got {short(types)}')
   if any(sliding) and (type(window) is not int or window < 1):
-    raise ConfigError(f'{k.where}: sliding_window: expected a positive number, got {window!r}')
+    raise ConfigError(f'{k.where}: sliding_window: expected a positive number, got {short(window)}')
   return period([window if s else 0 for s in sliding])
 
 
@@ -231,7 +249,7 @@ WRITTEN = {'gelu_exact': 'gelu', 'gelu': 'gelu_pytorch_tanh', 'relu': 'relu', 'r
 
 def activation(k: Keys, key: str, default: str) -> str:
   if (name := k(key, default)) not in ACTIVATIONS:
-    raise ConfigError(f'{k.where}: {key}={name!r} cannot be run; known: {", ".join(ACTIVATIONS)}')
+    raise ConfigError(f'{k.where}: {key}={short(name)} cannot be run; known: {", ".join(ACTIVATIONS)}')
   return ACTIVATIONS[name]
 
 
@@ -255,13 +273,13 @@ def write_gpt2(m: Model) -> dict:
               activation_function='gelu_new' if m.mlp == 'gelu' else WRITTEN.get(m.mlp, 'silu'))
 
 
-def gated(k: Keys, eps: float = 1e-6, base: float = 10_000.0, tied: bool = False) -> dict:
+def gated(k: Keys, eps: float = 1e-6, fraction: float | None = None) -> dict:
   """What Llama and its descendants share."""
   k.only('hidden_act', 'silu')
   out = sizes(k)
-  return out | rope(k, base, length=out['max_length']) | dict(
+  return out | rope(k, fraction=fraction, length=out['max_length']) | dict(
       mlp_dim=k.integer('intermediate_size'), norm_eps=float(k('rms_norm_eps', eps)), mlp='swiglu',
-      tied_embeddings=k('tie_word_embeddings', tied))
+      tied_embeddings=k('tie_word_embeddings', False))
 
 
 def write_gated(m: Model) -> dict:
@@ -279,8 +297,8 @@ def mistral(k: Keys) -> dict:
   return windowed(k)
 
 
-def windowed(k: Keys) -> dict:
-  out = gated(k)
+def windowed(k: Keys, fraction: float | None = None) -> dict:
+  out = gated(k, fraction=fraction)
   return out | dict(windows=windows(k, out['layers']))
 
 
@@ -315,6 +333,7 @@ def qwen3(k: Keys) -> dict:
 def qwen3_moe(k: Keys) -> dict:
   k.only('decoder_sparse_step', 1), k.only('mlp_only_layers', [])
   k.left.setdefault('head_dim', k.left['hidden_size'] // k.left['num_attention_heads'])
+  k.left['max_window_layers'] = 0                          # here all layers have the window, or none
   return qwen3(k) | experts(k, 'num_experts', 'moe_intermediate_size', 8, None)
 
 
@@ -322,14 +341,15 @@ def write_qwen3_moe(m: Model) -> dict:
   written = write_qwen(m)
   del written['layer_types']
   return written | dict(num_experts=m.experts, num_experts_per_tok=m.experts_per_token,
-                        moe_intermediate_size=m.expert_dim, norm_topk_prob=m.router_normalize, decoder_sparse_step=1,
-                        mlp_only_layers=[], intermediate_size=m.mlp_dim or m.expert_dim)
+                        attention_bias=m.attention_bias, moe_intermediate_size=m.expert_dim,
+                        norm_topk_prob=m.router_normalize, decoder_sparse_step=1, mlp_only_layers=[],
+                        intermediate_size=m.mlp_dim or m.expert_dim)
 
 
-def gemma(k: Keys) -> dict:
+def gemma(k: Keys, also: tuple[str, ...] = ('gelu',)) -> dict:
   for name in ('hidden_activation', 'hidden_act'):         # Gemma 1 was published with 'gelu', and computes tanh's
-    if (act := k(name, 'gelu_pytorch_tanh')) not in ('gelu_pytorch_tanh', 'gelu'):
-      raise ConfigError(f'{k.where}: {name}={act!r} cannot be run; only gelu_pytorch_tanh is known')
+    if (act := k(name, 'gelu_pytorch_tanh')) not in ('gelu_pytorch_tanh', *also):
+      raise ConfigError(f'{k.where}: {name}={short(act)} cannot be run; only gelu_pytorch_tanh is known')
   bias = k('attention_bias', False)
   k.only('use_bidirectional_attention', False)
   out = sizes(k)
@@ -350,7 +370,7 @@ def gemma2(k: Keys) -> dict:
 
 
 def _gemma2(k: Keys, sliding, rotary: dict) -> dict:
-  out = gemma(k) | rotary
+  out = gemma(k, also=()) | rotary
   k.left.setdefault('sliding_window', 4096)
   return out | dict(
       norm_position='both', attention_scale=float(k('query_pre_attn_scalar', 256))**-0.5,
@@ -379,6 +399,7 @@ def gemma3(k: Keys) -> dict:
     local = part('rope_theta', 10_000.0)
     part.finish()
     k('rope_local_base_freq', None)
+  k.only('attn_logit_softcapping', None, None)             # transformers reads it, and does not apply it
   rotary |= dict(rope_base_local=float(local), qk_norm='head')
   return _gemma2(k, lambda layer: (layer + 1) % every > 0, rotary)
 
@@ -391,7 +412,7 @@ def write_gemma3(m: Model) -> dict:
 
 def phi3(k: Keys) -> dict:
   length = k.integer('original_max_position_embeddings', 4096)
-  out = windowed(k)
+  out = windowed(k, 1.0)
   return out | (dict(rope_original_length=length) if out.get('rope_scaling') == 'yarn' else {})
 
 
@@ -482,7 +503,7 @@ def starcoder2(k: Keys) -> dict:
 
 
 def write_starcoder2(m: Model) -> dict:
-  return write_sizes(m, head_dim=False) | write_rope(m) | dict(
+  return write_sizes(m, head_dim=m.head_dim * m.heads != m.width) | write_rope(m) | dict(
       norm_epsilon=m.norm_eps, hidden_act=WRITTEN.get(m.mlp, 'silu'), use_bias=m.mlp_bias,
       sliding_window=max(m.windows) or None)
 

@@ -15,6 +15,13 @@ from llm_jax.models import layers
 EPS = dict(gpt2='layer_norm_epsilon', falcon='layer_norm_epsilon', gpt_neox='layer_norm_eps', stablelm='layer_norm_eps',
            starcoder2='norm_epsilon')                  # the others: rms_norm_eps
 FILE_TYPES = dict(F32=0, F16=1, Q4_0=2, Q8_0=7, BF16=32)
+# Fields that change nothing here, and those that change nothing while they have this value.
+HARMLESS = {'vocab_size', 'context_length', 'tensor_data_layout', 'rope.scaling.finetuned', 'rope.dimension_count',
+            'rope.scaling.original_context_length', 'attention.layer_norm_epsilon', 'attention.layer_norm_rms_epsilon'}
+OFF = {'attention.causal': True, 'attention.clamp_kqv': 0.0, 'attention.max_alibi_bias': 0.0, 'logit_scale': 1.0,
+       'embedding_scale': 1.0, 'residual_scale': 1.0, 'expert_weights_scale': 1.0, 'expert_shared_count': 0,
+       'leading_dense_block_count': 0, 'attn_logit_softcapping': 0.0, 'final_logit_softcapping': 0.0,
+       'attention.sliding_window': 0, 'expert_count': 0, 'expert_used_count': 0}
 
 
 class Header:
@@ -23,8 +30,18 @@ class Header:
   def __init__(self, file: File):
     self.fields, self.where = file.fields, str(file.path)
     self.arch = file.fields.get('general.architecture')
+    self.read = set()
+
+  def finish(self) -> None:
+    """Raises ConfigError for a field that was not read and may change what is computed."""
+    for name, value in self.fields.items():
+      key = name.removeprefix(f'{self.arch}.')
+      if key != name and key not in self.read and key not in HARMLESS and OFF.get(key) != value:
+        raise ConfigError(f'{self.where}: {families.short(name)}={families.short(value)} is not understood and may '
+                          'change what is computed; take another file of this model')
 
   def __call__(self, key: str, *default, kind=(int, float)):
+    self.read.add(key)
     value = self.fields.get(f'{self.arch}.{key}', *default or (None,))
     if value is None and not default:
       raise ConfigError(f'{self.where}: no field {self.arch}.{key}; convert the model again with a current llama.cpp')
@@ -35,8 +52,14 @@ class Header:
 
 def config_of(file: File) -> dict:
   """The config.json of the model in a GGUF file, for families.model_of. Raises ConfigError for other architectures."""
-  get, tensors = Header(file), file.tensors
-  name = _family(get, tensors)
+  get = Header(file)
+  out = _config_of(file, get)
+  get.finish()
+  return out
+
+
+def _config_of(file: File, get: Header) -> dict:
+  tensors, name = file.tensors, _family(get, file.tensors)
   if (embed := tensors.get('token_embd.weight')) is None or len(embed.shape) != 2:
     raise ConfigError(f'{get.where}: expected a matrix token_embd.weight, found none')
   heads, width = get('attention.head_count', kind=int), get('embedding_length', kind=int)
@@ -78,11 +101,12 @@ def config_of(file: File) -> dict:
   if name in ('gemma2', 'gemma3_text'):
     by_width = depth == dict(gemma2=46, gemma3_text=62)[name]          # the 27B of each
     out |= dict(query_pre_attn_scalar=width // heads if by_width else head_dim,
-                attn_logit_softcapping=get('attn_logit_softcapping', 50.0 if name == 'gemma2' else None),
+                attn_logit_softcapping=get('attn_logit_softcapping', 50.0 if name == 'gemma2' else None) or None,
                 final_logit_softcapping=get('final_logit_softcapping', 30.0 if name == 'gemma2' else None))
   if name == 'gemma3_text':
-    out |= dict(sliding_window=window, rope_parameters=dict(
-        full_attention=out['rope_parameters'], sliding_attention=dict(rope_type='default', rope_theta=10_000.0)))
+    local = dict(rope_type='default', rope_theta=float(get('rope.freq_base_swa', 10_000.0)))
+    out |= dict(sliding_window=window, rope_parameters=dict(full_attention=out['rope_parameters'],
+                                                            sliding_attention=local))
   if name in ('gpt_neox', 'stablelm'):
     out['use_parallel_residual'] = get('use_parallel_residual', True, kind=bool)
   if name == 'gpt_neox':
@@ -113,7 +137,7 @@ def _rope(get: Header, file: File, head_dim: int) -> dict:
   out = dict(rope_theta=float(get('rope.freq_base', 10_000.0)), rope_type='default')
   rotated = get('rope.dimension_count', head_dim, kind=int)
   out['partial_rotary_factor'] = rotated / head_dim
-  kind = get('rope.scaling.type', 'none', kind=str)
+  kind = get('rope.scaling.type', 'linear', kind=str)           # llama.cpp's default, without effect for a factor of 1
   factor = get('rope.scaling.factor', get('rope.scale_linear', 0.0)) or 0.0
   if kind not in ('none', 'linear', 'yarn'):
     raise ConfigError(f'{get.where}: rotary scaling {kind!r} cannot be run; known: none, linear, yarn')

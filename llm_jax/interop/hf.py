@@ -52,15 +52,29 @@ class Weights:
       raise ConfigError(f'{file}: ends inside {name}; download it again')
     return array.reshape(shape)
 
+  def same(self, a: str, b: str) -> bool:
+    """Whether two tensors are equal, compared some MB at a time."""
+    (shape, dtype), size = self.shapes[a], 1 << 24
+    if self.shapes[b] != (shape, dtype) or not isinstance(dtype, np.dtype):
+      return False
+    (one, at), (other, there) = self._places[a], self._places[b]
+    with one.open('rb') as f, other.open('rb') as g:
+      f.seek(at), g.seek(there)
+      left = math.prod(shape) * dtype.itemsize
+      while left > 0 and (data := f.read(min(size, left))) == g.read(min(size, left)) and data:
+        left -= len(data)
+    return left <= 0
+
 
 def files(folder: pathlib.Path) -> dict[pathlib.Path, set | None]:
   """{safetensors file: names in it, or None for all}. Raises ConfigError where there is none, naming what there is."""
   index = folder / 'model.safetensors.index.json'
   if index.is_file():
     found = {}
-    for name, file in read_json(index).get('weight_map', {}).items():
-      if not isinstance(file, str) or pathlib.PurePath(file).name != file:
-        raise ConfigError(f'{index}: {name} is in {file!r}; expected the name of a file beside it')
+    where = read_json(index).get('weight_map')
+    for name, file in where.items() if isinstance(where, dict) else ():
+      if not isinstance(file, str) or pathlib.PurePath(file).name != file or len(file) > 200:
+        raise ConfigError(f'{index}: {name[:60]!r} is in {str(file)[:60]!r}; expected the name of a file beside it')
       if not (folder / file).is_file():
         raise ConfigError(f'{index}: {file} is missing; download it too')
       found.setdefault(folder / file, set()).add(name)
@@ -104,8 +118,11 @@ def read_json(path: pathlib.Path) -> dict:
 
 def chat_template(folder: pathlib.Path) -> str | None:
   """The Jinja template of the directory: chat_template.jinja, or in tokenizer_config.json (the one named default)."""
-  if (folder / 'chat_template.jinja').is_file():
-    return (folder / 'chat_template.jinja').read_text()
+  if (file := folder / 'chat_template.jinja').is_file():
+    try:
+      return file.read_text()
+    except UnicodeDecodeError as e:
+      raise ConfigError(f'{file}: expected UTF-8, got {e}; download it again, or delete it') from e
   path = folder / 'tokenizer_config.json'
   found = read_json(path).get('chat_template') if path.is_file() else None
   if isinstance(found, list):
@@ -151,7 +168,11 @@ def write_safetensors(path: pathlib.Path, shapes: dict, read, kind: np.dtype) ->
   with part.open('wb') as f:
     f.write(len(text).to_bytes(8, 'little') + text)
     for name in shapes:
-      np.ascontiguousarray(read(name), dtype=kind).tofile(f)
+      with np.errstate(over='ignore'):
+        array = np.ascontiguousarray(read(name)).astype(kind)
+      if not np.isfinite(array).all():
+        raise ConfigError(f'{path}: {name} is not finite in {kind}; write it in bfloat16 or float32')
+      array.tofile(f)
   os.replace(part, path)
 
 

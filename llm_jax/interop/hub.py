@@ -24,18 +24,25 @@ def download(name: str) -> pathlib.Path:
     if file:
       return pathlib.Path(huggingface_hub.hf_hub_download(filename=file, **options))
     return pathlib.Path(huggingface_hub.snapshot_download(
-        allow_patterns=FILES, ignore_patterns='original/*', **options))
+        allow_patterns=FILES, ignore_patterns=['original/*', 'consolidated*'], **options))
 
 
-def upload(name: str, write: Callable[[pathlib.Path], object]):
-  """Lets `write` make a model in a temporary directory, checked as always, uploads it as 'org/name' (private, where it
-  is new) and returns what write did."""
+def upload(name: str, write: Callable[[pathlib.Path, str], object]):
+  """Lets `write(folder, file)` make a model in a temporary directory, checked as always, uploads the directory as
+  'org/name' (private, where it is new) and returns what write did. file: what a single file is called there, the last
+  part of 'org/name/FILE.gguf' or else name.gguf."""
   import huggingface_hub
+  organisation, _, rest = name.partition('/')
+  repository, _, file = rest.partition('/')
+  if not organisation or not repository or '/' in file:
+    raise ConfigError(f'hf:{name}: expected hf:org/name, or hf:org/name/FILE.gguf')
   with tempfile.TemporaryDirectory() as folder, _one_line(f'hf:{name}'):
-    saved = write(pathlib.Path(folder) / 'model')
+    target = pathlib.Path(folder) / 'model'
+    saved = write(target, file or f'{repository}.gguf')
     api = huggingface_hub.HfApi()
-    api.create_repo(name, private=True, exist_ok=True)
-    api.upload_folder(repo_id=name, folder_path=saved.path, commit_message='Model written by llm_jax')
+    api.create_repo(f'{organisation}/{repository}', private=True, exist_ok=True)
+    api.upload_folder(repo_id=f'{organisation}/{repository}', folder_path=target,
+                      commit_message='Model written by llm_jax')
   return saved._replace(path=f'hf:{name}')
 
 

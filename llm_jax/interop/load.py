@@ -3,6 +3,7 @@
 Weights stream from the files to the devices that hold them: a leaf's buffers are filled tensor by tensor and become its
 array, so the host never holds more than the model once and one tensor.
 """
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable
@@ -58,10 +59,25 @@ def find(path, *, step: int | None = None, ema: bool = False, dtype: str | None 
     return _own(path, step, ema, dtype, verify)
   kind, place = kind_of(path)
   if kind == 'own':
-    return _own(place, step, ema, dtype, verify)
+    with _one_line(path):
+      return _own(place, step, ema, dtype, verify)
   if step is not None or ema:
     raise ConfigError(f'{path}: {"step" if step is not None else "ema"} is of run directories; this is a model alone')
   return _hf(place, dtype) if kind == 'hf' else _gguf(place, dtype)
+
+
+@contextlib.contextmanager
+def _one_line(path):
+  """What the client of a bucket raises, in many classes, as one line."""
+  try:
+    yield
+  except ConfigError:
+    raise
+  except Exception as e:
+    if '://' not in str(path):
+      raise
+    raise ConfigError(f'{path}: cannot be read ({type(e).__name__}: {" ".join(str(e).split())[:160]}); check the '
+                      'address and the credentials') from e
 
 
 def group(path) -> ConfigDict:
@@ -76,19 +92,28 @@ def kind_of(path) -> tuple[str, object]:
     path = hub.download(str(path).removeprefix('hf:'))
   if '://' in str(path):
     return 'own', paths.open_path(path)
-  path = pathlib.Path(path).expanduser()
+  try:
+    path = pathlib.Path(path).expanduser()
+    path.exists()
+  except (OSError, RuntimeError, TypeError, ValueError) as e:
+    raise ConfigError(f'{ascii(path)[:100]}: expected the path of a model ({str(e)[:100]})') from e
   if path.suffix in ('.bin', '.pt', '.pth', '.ckpt', '.pkl'):
     raise ConfigError(f'{path}: can run any program when it is read; convert it in a place you trust, with '
                       'AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW) of the transformers library')
   if path.is_file():
-    if path.suffix == '.gguf':
-      return 'gguf', path
-    raise ConfigError(f'{path}: expected a directory or a .gguf file; of a Hugging Face model give the directory')
-  if (path / 'config.json').is_file() and not (path / 'checkpoints').is_dir() and not (path / 'meta.json').is_file():
+    with path.open('rb') as f:
+      if path.suffix.lower() == '.gguf' or f.read(4) == b'GGUF':
+        return 'gguf', path
+    raise ConfigError(f'{path}: expected a directory or a GGUF file; of a Hugging Face model give the directory')
+  if not path.is_dir() or (path / 'checkpoints').is_dir() or (path / 'meta.json').is_file():
+    return 'own', paths.open_path(path)
+  ggufs = sorted(path.glob('*.gguf'))
+  if (path / 'config.json').is_file() and not (ggufs and not list(path.glob('*.safetensors'))):
     return 'hf', path
-  ggufs = sorted(path.glob('*.gguf')) if path.is_dir() else []
-  if len(ggufs) == 1 and not (path / 'checkpoints').is_dir():
+  if len(ggufs) == 1:
     return 'gguf', ggufs[0]
+  if ggufs:
+    raise ConfigError(f'{path}: has {len(ggufs)} GGUF files; give one of them, such as {ggufs[0].name}')
   return 'own', paths.open_path(path)
 
 
@@ -113,6 +138,9 @@ def _hf(folder: pathlib.Path, dtype) -> Loaded:
   said = hf.read_json(folder / 'config.json')
   family, model = families.model_of(said, str(folder / 'config.json'))
   weights = hf.Weights(folder)
+  output, embedding = ({n for n in weights.shapes if n in names} for names in (OUTPUTS, EMBEDDINGS))
+  if model.tied_embeddings and len(output) == len(embedding) == 1 and not weights.same(*output, *embedding):
+    model = dataclasses.replace(model, tied_embeddings=False)        # as transformers does: the files win
   tokenizer = tokenizer_lib.load(folder / 'tokenizer') if (folder / 'tokenizer/meta.json').is_file() else (
       vocabulary.from_folder(folder))
   if tokenizer is None:
@@ -125,9 +153,15 @@ def _hf(folder: pathlib.Path, dtype) -> Loaded:
   links = match(links, weights.shapes, str(folder))
   config = config_of(model, dtype)
   kinds = {link.name: weights.shapes[link.name][1] for link in links}
-  stored = 'bfloat16' if np.dtype(hf.DTYPES['BF16']) in kinds.values() else 'float32'
-  return Loaded(config, tokenizer, hf.chat_template(folder), family.name, stored, f'{family.architecture}, {stored}',
+  stored = stored_in({np.dtype(kinds[link.name]).name for link in links if len(link.shape) > 1})
+  return Loaded(config, tokenizer, hf.chat_template(folder), family.name, stored,
+                f'{folder.name}: {family.architecture}, {stored}',
                 None, lambda mesh: place(links, weights.read, kinds, config.model, mesh))
+
+
+def stored_in(kinds: set[str]) -> str:
+  """The dtype that holds matrices of these dtypes exactly."""
+  return kinds.pop() if len(kinds) == 1 and kinds <= {'bfloat16', 'float16'} else 'float32'
 
 
 def config_of(model: config_lib.Model, dtype: str | None) -> config_lib.Config:
@@ -141,6 +175,9 @@ def _computing_in(config: config_lib.Config, dtype: str | None) -> config_lib.Co
   return config_lib.check(dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype)))
 
 
+OUTPUTS = {'lm_head.weight', 'embed_out.weight', 'output.weight'}
+EMBEDDINGS = {f'{prefix}{name}.weight' for prefix in ('', 'transformer.', 'model.', 'gpt_neox.')
+              for name in ('wte', 'embed_tokens', 'embed_in', 'word_embeddings')}
 # What files hold beside the parameters: constants, and copies of tied ones.
 BUFFERS = ('.rotary_emb.inv_freq', '.attn.bias', '.attn.masked_bias', '.attention.bias', '.attention.masked_bias',
            'rope_freqs.weight')
@@ -148,14 +185,13 @@ BUFFERS = ('.rotary_emb.inv_freq', '.attn.bias', '.attn.masked_bias', '.attentio
 
 def match(links: list[layout.Link], there: dict, where: str) -> list[layout.Link]:
   """The links, with names as the file has them. Raises ConfigError for what is missing, unknown or of another shape."""
-  prefix = 'transformer.'
-  if not any(name.startswith(prefix) for name in there):                   # GPT-2's first files name the inner model
-    links = [dataclasses.replace(link, name=link.name.removeprefix(prefix)) for link in links]
+  for prefix in ('transformer.', 'model.', 'gpt_neox.'):
+    if not any(name.startswith(prefix) for name in there):                 # GPT-2's first files name the inner model
+      links = [dataclasses.replace(link, name=link.name.removeprefix(prefix)) for link in links]
   wanted = {link.name: link for link in links}
   missing = [name for name in wanted if name not in there]
   unknown = [name for name in there if name not in wanted and not name.endswith(BUFFERS)]
-  tied = {'lm_head.weight', 'embed_out.weight', 'output.weight'} if 'lm_head.weight' not in wanted else set()
-  unknown = [name for name in unknown if name not in tied]
+  unknown = [name for name in unknown if name not in OUTPUTS or OUTPUTS & wanted.keys()]
   wrong = [f'{name} {list(there[name][0])}, expected {list(link.shape)}' for name, link in wanted.items()
            if name in there and tuple(there[name][0]) != tuple(link.shape)]
   for what, names in dict(missing=missing, unknown=unknown).items():
@@ -251,12 +287,13 @@ def _gguf(path: pathlib.Path, dtype) -> Loaded:
   tokenizer = vocabulary.from_gguf(file.fields)
   shared = family.name == 'falcon' and 'blk.0.attn_norm_2.weight' not in file.tensors
   links = list(gguf_model.links(family.name, model, shared))
-  there = {name: (tensor.shape, np.dtype(hf.DTYPES['BF16' if tensor.kind == 'BF16' else 'F32']))
+  there = {name: (tensor.shape, np.dtype(hf.DTYPES.get(tensor.kind, np.float32)))
            for name, tensor in file.tensors.items()}
   links = match(links, there, str(path))
   config = config_of(model, dtype)
   kinds = {link.name: there[link.name][1] for link in links}
   found = sorted({tensor.kind for tensor in file.tensors.values()})
-  return Loaded(config, tokenizer, file.fields.get('tokenizer.chat_template'), family.name,
-                'bfloat16' if found == ['BF16', 'F32'] else 'float32', f'GGUF of {family.name}, {", ".join(found)}',
-                None, lambda mesh: place(links, file.array, kinds, config.model, mesh))
+  stored = stored_in({kinds[link.name].name for link in links if len(link.shape) > 1})
+  return Loaded(config, tokenizer, file.fields.get('tokenizer.chat_template'), family.name, stored,
+                f'{path.name}: GGUF of {family.name}, {", ".join(found)}', None,
+                lambda mesh: place(links, file.array, kinds, config.model, mesh))

@@ -2,9 +2,11 @@
 
 A model from load.find, whose parameters are not read yet, is in memory once: it is let go before it is read back.
 """
+import contextlib
 import dataclasses
 import json
 import pathlib
+import shutil
 import typing
 
 import jax
@@ -22,83 +24,154 @@ PROBE = 64                                    # tokens of the sequence whose log
 
 
 class Saved(typing.NamedTuple):
-  """What writing did. error: the largest difference of a logit, read back; notes: lines for the user."""
+  """What writing did. error, largest: the largest difference of a logit, read back, and logit."""
   path: pathlib.Path
   error: float
+  largest: float
   notes: list[str]
 
 
 def to_hf(model: Loaded, folder: pathlib.Path, dtype: str = '') -> Saved:
-  """config.json, safetensors in `dtype` (default: what its files held), tokenizer, chat template, model card. Raises
-  ConfigError where no architecture there computes the same, or where what was written does not give the same logits."""
+  """config.json, safetensors in `dtype` (default: what its files held, if that loses nothing), tokenizer, chat
+  template, model card. Raises ConfigError where no architecture there computes the same, or what was written does
+  not."""
   family, config = families.family_for(model.shape, model.family)
-  folder, model = _fresh(folder), _whole(model)
-  t = model.tokenizer
-  ids = dict(bos_token_id=t.bos_id, eos_token_id=list(t.stop_ids) if t.more_stops else t.eos_id, pad_token_id=t.pad_id)
-  links = {link.name: link for link in layout.hf_links(family.name, model.shape)}
-  dtype = dtype or model.dtype
-  note = hf.write_tokenizer(folder, model.tokenizer, model.chat_template, model.shape.max_length)
-  read = Reader(model, links, dict.fromkeys(links, dtype))
-  hf.write(folder, config | ids, {name: link.shape for name, link in links.items()}, read, dtype)
-  hf.write_text(folder / 'generation_config.json', json.dumps(ids, indent=1))
-  hf.write_text(folder / 'README.md', card.text(model, family.architecture, dtype))
-  probe, notes, exact = Probe(model), [*[note] * bool(note), *read.notes(dtype)], not read.rounded
-  del model, read
-  return Saved(folder, probe.error(folder, exact), notes)
+  with _new(folder) as part:
+    model, t = _whole(model), model.tokenizer
+    ids = dict(bos_token_id=t.bos_id, eos_token_id=list(t.stop_ids) if t.more_stops else t.eos_id,
+               pad_token_id=t.pad_id if t.pads else None)
+    links = {link.name: link for link in layout.hf_links(family.name, model.shape)}
+    dtype = dtype or _lossless(model, links)
+    notes = [hf.write_tokenizer(part, t, model.chat_template, model.shape.max_length)]
+    read = Reader(model, links, dict.fromkeys(links, dtype))
+    hf.write(part, config | ids, {name: link.shape for name, link in links.items()}, read, dtype)
+    hf.write_text(part / 'generation_config.json', json.dumps(ids, indent=1))
+    hf.write_text(part / 'README.md', card.text(model, family.architecture, dtype))
+    notes += [*_renamed(model, family), *read.notes(dtype)]
+    if read.rounded:
+      _check_rounded(read, hf.Weights(part).read, part)
+    probe, exact = Probe(model), not read.rounded
+    del model, read
+    error, largest = probe.error(part, exact)
+  return Saved(pathlib.Path(folder).expanduser(), error, largest, [note for note in notes if note])
 
 
 def to_orbax(model: Loaded, folder: pathlib.Path) -> Saved:
   """A run directory with one step, 0, that training (config.init_from), sampling and everything else read."""
-  folder, model = _fresh(folder), _whole(model)
-  model.tokenizer.save(folder / 'tokenizer')
-  extra = dict(chat_template=model.chat_template, family=model.family)
-  with checkpoint_lib.Checkpointer(folder, 1, config_lib.to_dict(model.config)) as writer:
-    writer.save(0, dict(params=jax.tree.map(lambda x: x.astype(np.float32), model.params)), extra)
-  probe = Probe(model)
-  del model, writer
-  return Saved(folder, probe.error(folder, True), [])
+  with _new(folder) as part:
+    model = _whole(model)
+    model.tokenizer.save(part / 'tokenizer')
+    extra = dict(chat_template=model.chat_template, family=model.family)
+    with checkpoint_lib.Checkpointer(part, 1, config_lib.to_dict(model.config)) as writer:
+      writer.save(0, dict(params=jax.tree.map(lambda x: x.astype(np.float32), model.params)), extra)
+    probe = Probe(model)
+    del model, writer
+    error, largest = probe.error(part, True)
+  return Saved(pathlib.Path(folder).expanduser(), error, largest, [])
 
 
 def to_gguf(model: Loaded, path: pathlib.Path, kind: str = '') -> Saved:
   """One file that llama.cpp reads. kind: bfloat16, float16, float32, q8_0 or q4_0 (default: what its files held)."""
-  path = pathlib.Path(path).expanduser()
-  if path.suffix != '.gguf' or path.exists():
+  if pathlib.Path(path).suffix != '.gguf':
     raise ConfigError(f'{path}: expected the name of a new file that ends in .gguf')
   family, _ = families.family_for(model.shape, model.family)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  model = _whole(model)
-  kind = dict(float32='F32', float16='F16', bfloat16='BF16').get(kind or model.dtype, kind.upper())
   links = {link.name: link for link in gguf_model.links(family.name, model.shape)}
-  fields = gguf_model.fields_of(family, model.shape) | {
-      'general.name': path.stem, 'general.file_type': gguf_model.FILE_TYPES[kind], 'general.quantization_version': 2}
-  fields |= vocabulary.gguf_fields(model.tokenizer, model.shape.vocab_size)
+  fields = gguf_model.fields_of(family, model.shape) | vocabulary.gguf_fields(model.tokenizer, model.shape.vocab_size)
   fields |= {'tokenizer.chat_template': model.chat_template} if model.chat_template else {}
-  tensors = {name: (link.shape, gguf_model.kind_of(link, kind)) for name, link in links.items()}
-  halves = dict(F32='float32', F16='float16', BF16='bfloat16')
-  read = Reader(model, links, {name: halves.get(kind) for name, (_, kind) in tensors.items()})
-  if (factors := gguf_model.rope_freqs(model.shape)) is not None:
-    tensors['rope_freqs.weight'], read.constants['rope_freqs.weight'] = (factors.shape, 'F32'), factors
-  gguf.write(path, fields, tensors, read)
+  with _new(path) as part:
+    model = _whole(model)
+    kind = dict(float32='F32', float16='F16', bfloat16='BF16').get(kind or model.dtype, kind.upper())
+    fields |= {'general.name': pathlib.Path(path).stem, 'general.file_type': gguf_model.FILE_TYPES[kind],
+               'general.quantization_version': 2}
+    tensors = {name: (link.shape, gguf_model.kind_of(link, kind)) for name, link in links.items()}
+    halves = dict(F32='float32', F16='float16', BF16='bfloat16')
+    read = Reader(model, links, {name: halves.get(stored) for name, (_, stored) in tensors.items()})
+    if (factors := gguf_model.rope_freqs(model.shape)) is not None:
+      tensors['rope_freqs.weight'], read.constants['rope_freqs.weight'] = (factors.shape, 'F32'), factors
+    gguf.write(part, fields, tensors, read)
+    _check_said(part, path, family, model.shape)
+    notes = [*_renamed(model, family), *read.notes(kind)]
+    if any(model.shape.windows) and family.gguf in ('llama', 'qwen2', 'phi3', 'starcoder2'):
+      notes.append(f'llama.cpp has no sliding windows for {family.gguf}: beyond {max(model.shape.windows)} tokens it '
+                   'computes something else')
+    if read.rounded:
+      _check_rounded(read, gguf.read(part).array, part)
+    probe, exact = Probe(model), not read.rounded
+    del model, read
+    error, largest = probe.error(part, exact)
+  return Saved(pathlib.Path(path).expanduser(), error, largest, notes)
+
+
+def _check_said(part, path, family, shape) -> None:
+  """Raises ConfigError where the file's header says another model than it should."""
   try:
-    again = families.computed(families.model_of(gguf_model.config_of(gguf.read(path)), 'read back')[1])
-    differs = [name for name, value in vars(again).items() if value != getattr(families.computed(model.shape), name)]
+    again = families.computed(families.model_of(gguf_model.config_of(gguf.read(part)), 'read back')[1])
+    differs = [name for name, value in vars(again).items() if value != getattr(families.computed(shape), name)]
     why = f'model.{", model.".join(differs)}' if differs else ''
   except ConfigError as e:
     why = f'all of this model ({e})'
   if why:
-    path.unlink()
     raise ConfigError(f'{path}: a GGUF file of {family.gguf} cannot say {why}; use --to=hf')
-  probe, notes, exact = Probe(model), read.notes(kind), not read.rounded
-  del model, read
-  return Saved(path, probe.error(path, exact), notes)
 
 
-def _fresh(folder) -> pathlib.Path:
-  folder = pathlib.Path(folder).expanduser()
-  if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
-    raise ConfigError(f'{folder}: is there already; name a new directory, or delete it')
-  folder.mkdir(parents=True, exist_ok=True)
-  return folder
+def _renamed(model: Loaded, family) -> list[str]:
+  if model.family in ('', family.name):
+    return []
+  return [f'what was {model.family} is written as {family.name}, which computes the same']
+
+
+def _lossless(model: Loaded, links) -> str:
+  """The dtype of its files' matrices, if it holds the vectors too."""
+  vectors = {name: link for name, link in links.items() if len(link.shape) == 1}
+  read = Reader(model, vectors, dict.fromkeys(vectors, model.dtype))
+  for name in vectors:
+    read(name)
+  return 'float32' if read.rounded else model.dtype
+
+
+# The largest share of a tensor that rounding may change (root of the mean square).
+ROUNDING = dict(bfloat16=0.004, float16=0.004, none=0.12)
+
+
+def _check_rounded(read, written, where) -> None:
+  """Raises ConfigError where a tensor is not what it was, but for the rounding of its dtype."""
+  for name in read.rounded:
+    before, after = np.asarray(read(name), np.float32), np.asarray(written(name), np.float32)
+    off = float(np.sqrt(np.square(after - before).mean(dtype=np.float64)))
+    size = float(np.sqrt(np.square(before).mean(dtype=np.float64)))
+    if not off <= ROUNDING[read.dtypes[name] or 'none'] * size + 1e-30:
+      raise ConfigError(f'{where}: read back, {name} differs by {off / size:.1%} of its size, more than rounding')
+
+
+@contextlib.contextmanager
+def _new(path):
+  """A place beside `path`, which becomes it in the end, or is removed where something fails."""
+  if '://' in str(path):
+    raise ConfigError(f'{path}: expected a local path; write the model there, then copy it')
+  path = pathlib.Path(path).expanduser()
+  if path.is_dir() and any(path.iterdir()) or path.exists() and not path.is_dir():
+    raise ConfigError(f'{path}: is there already; name a new one, or delete it')
+  part = path.with_name(f'{path.stem}.part{path.suffix}')
+  try:
+    _remove(part)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix != '.gguf':
+      part.mkdir()
+    yield part
+    if path.is_dir():
+      path.rmdir()
+    part.rename(path)
+  except OSError as e:
+    raise ConfigError(f'{path}: cannot be written ({e.strerror or e})') from e
+  finally:
+    with contextlib.suppress(OSError):
+      _remove(part)
+
+
+def _remove(part) -> None:
+  if part.is_dir():
+    shutil.rmtree(part)
+  part.unlink(missing_ok=True)
 
 
 class Reader:
@@ -117,7 +190,7 @@ class Reader:
     array = link.join([np.asarray(self.flat[part.leaf][part.place]) for part in link.parts])
     with np.errstate(over='ignore'):
       if dtype is None or dtype != 'float32' and not np.array_equal(array.astype(dtype).astype(array.dtype), array):
-        self.rounded.append(name)
+        self.rounded = [*dict.fromkeys([*self.rounded, name])]
     return array
 
   def notes(self, kind: str) -> list[str]:
@@ -147,11 +220,11 @@ class Probe:
   def _logits(self, model) -> np.ndarray:
     return np.asarray(transformer.logits(model.shape, model.params, self.ids))
 
-  def error(self, path, exact: bool) -> float:
-    """The largest difference of what `path` holds. exact: it must be no more than rounding."""
+  def error(self, path, exact: bool) -> tuple[float, float]:
+    """The largest difference of what `path` holds, and the largest logit. exact: no more than rounding is allowed."""
     after = self._logits(load(path, dtype=self.dtype, mesh=self.mesh or jax.sharding.get_mesh()))
     error, scale = float(np.abs(self.before - after).max()), float(np.abs(self.before).max())
     if not np.isfinite(after).all() or exact and error > 1e-5 * max(scale, 1.0):
       raise ConfigError(f'{path}: read back, its logits differ by up to {error:.2g} (largest {scale:.2g}); do not use '
                         'it')
-    return error
+    return error, scale

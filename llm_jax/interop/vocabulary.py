@@ -53,12 +53,25 @@ def from_folder(folder: pathlib.Path) -> Tokenizer | None:
   end, as its files say. Raises ConfigError for a broken one, or one that cannot be told from its files."""
   made = _from_folder(pathlib.Path(folder))
   if isinstance(made, HuggingFace):
+    made = _with_ids(pathlib.Path(folder), made)
     made.adds_bos = made.begins_with_bos()
   elif made is not None:
     made.adds_bos = _said(pathlib.Path(folder), {})[0].get('add_bos_token') is not False
   if made is not None:
     made.more_stops = _stops(pathlib.Path(folder), made)
   return made
+
+
+def _with_ids(folder, tokenizer: HuggingFace) -> HuggingFace:
+  """bos, eos and pad by the ids of config.json, where no file of the tokenizer names any."""
+  if any((folder / name).is_file() for name in ('tokenizer_config.json', 'special_tokens_map.json')):
+    return tokenizer
+  with _readable(folder / 'config.json'):
+    said = json.loads((folder / 'config.json').read_text()) if (folder / 'config.json').is_file() else {}
+  names = {i: token['content'] for token in json.loads(tokenizer.model)['added_tokens'] for i in (token['id'],)}
+  roles = {role: names[said[f'{role}_token_id']] for role in ('bos', 'eos', 'pad')
+           if type(said.get(f'{role}_token_id')) is int and said[f'{role}_token_id'] in names}
+  return HuggingFace(tokenizer.model, roles | tokenizer.roles) if roles else tokenizer
 
 
 def _stops(folder, tokenizer) -> tuple[int, ...]:
@@ -101,7 +114,8 @@ def from_gguf(fields: dict) -> Tokenizer:
   kind = fields.get('tokenizer.ggml.model')
   if kind not in ('gpt2', 'llama'):
     raise ConfigError(f"tokenizer.ggml.model: expected 'gpt2' or 'llama', got {kind!r}; give a tokenizer of its own")
-  tokens, types = _list(fields, 'tokens', str), _list(fields, 'token_type', int)
+  tokens = _list(fields, 'tokens', str)
+  types = _list(fields, 'token_type', int) if 'tokenizer.ggml.token_type' in fields else [NORMAL] * len(tokens)
   if len(types) != len(tokens):
     raise ConfigError(f'tokenizer.ggml: expected a token_type for each of {len(tokens)} tokens, got {len(types)}')
   if wrong := set(types) - set(range(NORMAL, BYTE + 1)):
@@ -126,13 +140,12 @@ def gguf_fields(tokenizer: Tokenizer, size: int) -> dict:
   """What from_gguf reads, for a GGUF with `size` rows of embedding: byte-level BPE or SentencePiece BPE. Raises
   ConfigError for a tokenizer that GGUF cannot name."""
   if size < tokenizer.vocab_size:
-    raise ConfigError(f'expected an embedding of at least {tokenizer.vocab_size} ids, got size {size}')
+    raise ConfigError(f'expected an embedding of at least {tokenizer.vocab_size} ids, got size {size}: a GGUF file has '
+                      'a row for each token; write the Hugging Face format')
   if isinstance(tokenizer, (HuggingFace, Byte)):
-    made = pieces.as_json(tokenizer) or tokenizer
-    fields, pad = _bpe_fields(made), 'pad' in made.roles
+    fields = _bpe_fields(pieces.as_json(tokenizer) or tokenizer)
   elif isinstance(tokenizer, SentencePiece):
     fields = _sentencepiece_fields(tokenizer)
-    pad = fields['token_type'][tokenizer.pad_id] == CONTROL
   else:
     raise _unnamed(f'a {tokenizer.kind} tokenizer')
   if 'scores' in fields:
@@ -140,23 +153,25 @@ def gguf_fields(tokenizer: Tokenizer, size: int) -> dict:
   more = range(len(fields['tokens']), size)
   fields['tokens'] += [f'[PAD{i}]' for i in more]
   fields['token_type'] += [UNUSED] * len(more)
-  for role, i in (('bos', tokenizer.bos_id), ('eos', tokenizer.eos_id), ('padding', tokenizer.pad_id if pad else None),
+  pad = tokenizer.pad_id if tokenizer.pads else None
+  for role, i in (('bos', tokenizer.bos_id), ('eos', tokenizer.eos_id), ('padding', pad),
                   *zip(('eot', 'eom'), tokenizer.more_stops)):
     if i is not None:
       fields[f'{role}_token_id'] = i
   fields['add_bos_token'] = bool(tokenizer.adds_bos and tokenizer.bos_id is not None)
-  return {f'tokenizer.ggml.{key}': value for key, value in fields.items()}
+  return {f'tokenizer.ggml.{key}': value for key, value in fields.items() if value != []}
 
 
 def _gguf_bpe(fields, tokens, types, ids):
-  pre = fields.get('tokenizer.ggml.pre')
+  pre = fields.get('tokenizer.ggml.pre', 'default')            # as llama.cpp takes files from before it
   if not isinstance(pre, str) or pre not in PRES:
     raise ConfigError(f'tokenizer.ggml.pre: expected one of {", ".join(PRES)}, got {pre!r}; give a tokenizer '
                       f'of its own')
   if BYTE in types:
     raise ConfigError(f'tokenizer.ggml.token_type: expected no byte tokens in a gpt2 vocabulary, token '
                       f'{types.index(BYTE)} is one')
-  merges = [tuple(merge.split(' ')) for merge in _list(fields, 'merges', str)]
+  there = 'tokenizer.ggml.merges' in fields or len(tokens) > 2 * len(BYTE_OF)       # none are left out
+  merges = [tuple(merge.split(' ')) for merge in (_list(fields, 'merges', str) if there else ())]
   vocab, added = {}, []
   for i, (token, kind) in enumerate(zip(tokens, types)):
     if kind != UNUSED and vocab.setdefault(token, i) != i:

@@ -318,8 +318,7 @@ class Transformer(nnx.Module):
     kind = 'causal' if prefix_BS is None else cfg.attention
     context = self.context(View(kind, position_BT=position_BT, prefix_BS=prefix_BS), position_BT, T, 'xla', x_BTD)
     if memory is not None:
-      context = dataclasses.replace(context, memory_BSD=memory[0],
-                                    memory_view=memory_view(token_BT, None, memory[1]))
+      context = with_memory(context, *memory, T)
     x_BTD, cache = self.run_layers(blocks, x_BTD, context, [(k, v, start_B) for k, v in cache])
     return self.finish(x_BTD), cache
 
@@ -346,6 +345,13 @@ def run_stack(cfg: config_lib.Model, stacked, layer_L, carry, context: Context):
     policy = dict(full=None, dots=policies.dots_with_no_batch_dims_saveable, offload=offload)[cfg.remat]
     body = jax.checkpoint(body, policy=policy, prevent_cse=cfg.unroll)
   return jax.lax.scan(body, carry, (stacked, layer_L), unroll=len(layer_L) if cfg.unroll else 1)
+
+
+def with_memory(context: Context, memory_BSD, source_segment_BS, T: int) -> Context:
+  """The context of T queries per row that also see an encoder's output."""
+  token_BT = jnp.zeros((memory_BSD.shape[0], T), jnp.int32)
+  return dataclasses.replace(context, memory_BSD=memory_BSD,
+                             memory_view=memory_view(token_BT, None, source_segment_BS))
 
 
 def memory_view(token_BT, segment_BT, source_segment_BS) -> View:

@@ -18,6 +18,7 @@ from llm_jax.config import ConfigError
 from llm_jax.data import batches as batches_lib
 from llm_jax.data import prepare, store
 from llm_jax.generate import sampling
+from llm_jax.interop import families
 from llm_jax.interop import load as interop
 from llm_jax.models import attention, pipeline, transformer
 from llm_jax.train import clock as clock_lib
@@ -216,7 +217,12 @@ class Run:
     if 'ema' in self.state:
       self.state['ema'] = jax.tree.map(jnp.copy, params)
     if jax.process_index() == 0:
+      theirs, ours = (families.computed(m) for m in (source.shape, self.model))
+      other = [f'model.{name} {x!r} for {getattr(theirs, name)!r}' for name, x in vars(ours).items()
+               if x != getattr(theirs, name) and name != 'max_length']
       print(f'starting from the weights and the tokenizer of {self.cfg.init_from} ({source.origin})', flush=True)
+      if other:
+        print(f'    note  it was made with other values; here: {", ".join(other)}', flush=True)
 
   def compile(self) -> None:
     """Compiles the train step ahead of time: the loop can then never compile again, it would raise instead."""
