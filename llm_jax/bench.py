@@ -40,7 +40,7 @@ class Ours:
   def __init__(self, flags, token_BT):
     import jax
 
-    from llm_jax.models import attention, transformer
+    from llm_jax.models import attention, layers, transformer
     from llm_jax.train import optimizer as optimizer_lib
     from llm_jax.train import step as step_lib
     model = model_of(flags)
@@ -54,7 +54,7 @@ class Ours:
     self.batch = jax.device_put({k: v.astype('float32' if k == 'mask_BT' else 'int32') for k, v in self.batch.items()})
     start = time.perf_counter()
     step = step_lib.make_train_step(cfg, model, tx, kernel, step_lib.microbatches(cfg, 1))
-    self.step = jax.jit(step, donate_argnums=0, compiler_options=step_lib.compiler_options()).lower(
+    self.step = jax.jit(step, donate_argnums=0, compiler_options=layers.compiler_options()).lower(
         self.state, self.batch).compile()
     self.compile_s = time.perf_counter() - start
 

@@ -109,10 +109,10 @@ def test_a_mesh_gives_the_tokens_of_one_device(plain):
   with jax.set_mesh(mesh), warnings.catch_warnings():
     warnings.simplefilter('error')                         # a donated buffer that cannot be used
     placed = jax.device_put(params, sharding.named(mesh, sharding.param_specs(params, mesh)))
-    before = programs.decode._cache_size()
+    before = programs.decode.jitted()._cache_size()
     meshed = sampling.generate_tokens(cfg, placed, PROMPTS, GREEDY, watch=lambda row, tokens: None)
     assert tokens_of(meshed) == tokens_of(alone)
-    assert programs.decode._cache_size() == before + 1     # five rows on 4 ways; one program for every dispatch
+    assert programs.decode.jitted()._cache_size() == before + 1     # five rows on 4 ways; one program for all of it
     model, blocks = programs.unstack(cfg, placed)
     w = blocks[0].mlp.w_up_DF[...]
     assert w.sharding.shard_shape(w.shape) == (cfg.width // 2, cfg.mlp_dim // 2)
@@ -122,7 +122,8 @@ def test_the_cache_is_updated_in_place():
   cfg = tiny.model(layers=2)
   e = engine.Engine(cfg, tiny.params(cfg), slots=1)
   state = programs.empty_state(e.plan, 1, 4096, 8, 0)
-  compiled = programs.decode.lower(e.plan, e.weights, None, state, e.rows, np.int32([0]), np.int32(16)).compile()
+  args = e.plan, e.weights, None, state, e.rows, np.int32([0]), np.int32(16)
+  compiled = programs.decode.jitted().lower(*args).compile()
   one = state['cache'][0][0].nbytes
   memory = compiled.memory_analysis()
   assert memory.alias_size_in_bytes >= 4 * one             # keys and values of both layers are donated

@@ -356,5 +356,5 @@ def test_only_a_cpu_program_has_the_barriers_that_stop_fusion(platform, barriers
 
 
 def test_a_cpu_keeps_the_barriers_to_the_end():
-  settle = jax.jit(lambda x: layers.settle(x + 1) * 2, compiler_options=step_lib.compiler_options())
+  settle = jax.jit(lambda x: layers.settle(x + 1) * 2, compiler_options=layers.compiler_options())
   assert 'opt-barrier' in settle.lower(jnp.ones((2, 2))).compile().as_text()

@@ -178,7 +178,8 @@ def test_decoding_with_a_cache_is_the_forward():
   cfg = model('gemma3_1b', layers=3, windows=(3, 0), value_skips=True, embedding_skips=True)
   values, token_BT = params(cfg), tokens(1, 2, 8)
   whole = quick_jit(lambda p: transformer.bind(cfg, p)(token_BT))(values)
-  empty = [(jnp.zeros((2, 10, cfg.kv_heads, cfg.head_dim)),) * 2 for _ in range(cfg.layers)]
+  K, H = cfg.kv_heads, cfg.head_dim
+  empty = [(jnp.zeros((2, K, H, 10)), jnp.zeros((2, K, 10, H))) for _ in range(cfg.layers)]
 
   @quick_jit
   def step(values, token_BT, start_B, cache):

@@ -1,25 +1,38 @@
 """What the engine runs on the device: filling the cache with a prompt, its first token, and a loop of decoding steps.
 
-State, donated from program to program: `cache`, a (k_BSKH, v_BSKH) per layer, whose slots along S are positions;
+State, donated from program to program: `cache`, a (k_BKHS, v_BKSH) per layer, whose slots along S are positions;
 history_BS, every token of each row's text; position_B, where its newest token lies, which is not in the cache yet;
 live_B; end_B, the length at which it ends; stop_BJ; the arrays that filters.sample reads; and, of an encoder-decoder,
 memory_BSD with its segments. A prompt goes through the layers one program each: compiled once for all of them.
 """
+import dataclasses
 import functools
 import typing
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from llm_jax import config as config_lib
 from llm_jax.generate import filters
-from llm_jax.models import transformer
+from llm_jax.models import layers, transformer
 from llm_jax.models.attention import compute_dtype
 from llm_jax.models.view import View
 from llm_jax.sharding import shard
 
 DIMS = dict(history='BS', position='B', live='B', end='B', stop='BJ', count='BV', seen='BV', bias='BV', allowed='BW',
             single='B', memory='BSD', memory_segment='BS')
+CACHES = 'cache', 'draft_cache'
+
+
+def program(**options):
+  """jax.jit with layers.compiler_options, which depend on the backend: asked for at the first call."""
+  def decorate(f):
+    made = functools.cache(lambda: jax.jit(f, compiler_options=layers.compiler_options(), **options))
+    call = functools.wraps(f)(lambda *args: made()(*args))
+    call.jitted = made
+    return call
+  return decorate
 
 
 class Plan(typing.NamedTuple):
@@ -36,6 +49,9 @@ def unstack(cfg: config_lib.Model, params):
   """(model, blocks): the weights as decoding reads them, in the compute dtype, every layer's apart. Made once, before
   the loop, which would otherwise copy its slice of the stacked weights at every step."""
   model = transformer.bind(cfg, params)
+  if cfg.tied_embeddings and layers.on_one_cpu():       # which transposes the table for every product of several rows
+    model.unembed_DV = nnx.Param(layers.settle(model.embed_VD[...].swapaxes(0, 1)))
+    model.cfg = dataclasses.replace(cfg, tied_embeddings=False)
   blocks = model.layers()
   for name, _, _ in transformer.stacks(cfg):
     delattr(model, name)
@@ -43,10 +59,13 @@ def unstack(cfg: config_lib.Model, params):
 
 
 def empty_cache(cfg: config_lib.Model, rows: int, length: int):
-  """Zeros for every layer; under jit, or a program's own."""
-  shape = rows, length, cfg.kv_heads, cfg.head_dim
-  zeros = lambda: shard(jnp.zeros(shape, compute_dtype(cfg.dtype)), 'BSKH')
-  return [(zeros(), zeros()) for _ in range(cfg.layers)]
+  """Zeros for every layer."""
+  B, K, H, S, dtype = rows, cfg.kv_heads, cfg.head_dim, length, compute_dtype(cfg.dtype)
+  return [placed_kv((jnp.zeros((B, K, H, S), dtype), jnp.zeros((B, K, S, H), dtype))) for _ in range(cfg.layers)]
+
+
+def placed_kv(kv):
+  return shard(kv[0], 'BKHS'), shard(kv[1], 'BKSH')
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -68,8 +87,7 @@ def empty_state(plan: Plan, rows: int, length: int, stops: int, source: int):
 
 def placed(state):
   """The state where its letters put it, so that each program finds it as the one before left it."""
-  caches = {name: [(shard(k, 'BSKH'), shard(v, 'BSKH')) for k, v in state[name]]
-            for name in ('cache', 'draft_cache') if name in state}
+  caches = {name: [placed_kv(kv) for kv in state[name]] for name in CACHES if name in state}
   return {name: shard(x, DIMS[name]) for name, x in state.items() if name not in caches} | caches
 
 
@@ -81,18 +99,18 @@ def everywhere(x):
 @functools.partial(jax.jit, static_argnums=1)
 def resize(state, length: int):
   """The state with another number of positions; those past the new end are lost."""
-  def to(x):
-    keep = min(length, x.shape[1])
-    return jnp.pad(x[:, :keep], [(0, 0), (0, length - keep)] + [(0, 0)] * (x.ndim - 2))
-  caches = {name: jax.tree.map(to, state[name]) for name in ('cache', 'draft_cache') if name in state}
-  return placed(state | caches | dict(history=to(state['history'])))
+  def to(x, axis):
+    keep = jax.lax.slice_in_dim(x, 0, min(length, x.shape[axis]), axis=axis)
+    return jnp.pad(keep, [(0, length - keep.shape[a] if a == axis else 0) for a in range(x.ndim)])
+  caches = {name: [(to(k, 3), to(v, 2)) for k, v in state[name]] for name in CACHES if name in state}
+  return placed(state | caches | dict(history=to(state['history'], 1)))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def copy_row(state, source, target):
   """Another row's cache, of a prompt that begins alike."""
   caches = {name: jax.tree.map(lambda x: x.at[target].set(x[source]), state[name])
-            for name in ('cache', 'draft_cache') if name in state}
+            for name in CACHES if name in state}
   return placed(state | caches)
 
 
@@ -112,36 +130,41 @@ def encode(cfg: config_lib.Model, params, state, slot, source_1S, segment_1S):
 
 # A prompt -------------------------------------------------------------------------------------------------------------
 
-@functools.partial(jax.jit, static_argnums=0)
+@program(static_argnums=0)
 def embed(cfg: config_lib.Model, model, token_RT, start_R):
   """[R, T, D] of R prompts' next T tokens."""
   position_RT = start_R[:, None] + jnp.arange(token_RT.shape[1])[None]
   return model.embed(token_RT, jnp.minimum(position_RT, cfg.max_length - 1))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+@program(static_argnums=0, donate_argnums=4)
 def layer(cfg: config_lib.Model, model, block, carry, kv, slot_R, start_R, prefix_R, index, embed_RTD, memory):
   """One layer over T tokens of R rows, whose cache it extends -> carry, kv. carry: (x_RTD, the first layer's values or
   None). prefix_R: length of what all may see, or None. memory: an encoder-decoder's (memory_BSD, segment_BS) or None.
   """
   x_RTD, first_v = carry
   R, T = x_RTD.shape[:2]
-  S = kv[0].shape[1]
+  S = kv[0].shape[3]
   position_RT = start_R[:, None] + jnp.arange(T)[None]
   prefix_RS = None if prefix_R is None else jnp.arange(S)[None] < prefix_R[:, None]
   view = View('causal' if prefix_R is None else cfg.attention, position_BT=position_RT, prefix_BS=prefix_RS)
   context = model.context(view, position_RT, T, 'xla', embed_RTD)
   if memory is not None:
     context = transformer.with_memory(context, memory[0][slot_R], memory[1][slot_R], T)
-  k_RSKH, v_RSKH = (x[slot_R] for x in kv)
-  x_RTD, first_v, extended, _ = block(x_RTD, first_v, context, index, (k_RSKH, v_RSKH, start_R))
-  put = lambda old, new: old.at[slot_R[:, None], position_RT].set(
-      jnp.take_along_axis(new, position_RT[:, :, None, None], 1, mode='clip'), mode='drop')
-  kv = tuple(shard(put(old, new), 'BSKH') for old, new in zip(kv, extended))
-  return (x_RTD, first_v), kv
+  x_RTD, first_v, extended, _ = block(x_RTD, first_v, context, index, (kv[0][slot_R], kv[1][slot_R], start_R))
+  return (x_RTD, first_v), placed_kv(put_positions(kv, extended, slot_R, position_RT))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def put_positions(kv, part, slot_A, position_AP):
+  """Keys and values with those of `part`, rows of some slots, at some positions."""
+  (k_BKHS, v_BKSH), (k_AKHS, v_AKSH) = kv, part
+  k_AKHP = jnp.take_along_axis(k_AKHS, position_AP[:, None, None], 3, mode='clip')
+  v_AKPH = jnp.take_along_axis(v_AKSH, position_AP[:, None, :, None], 2, mode='clip')
+  return (k_BKHS.at[slot_A[:, None], :, :, position_AP].set(k_AKHP.transpose(0, 3, 1, 2), mode='drop'),
+          v_BKSH.at[slot_A[:, None], :, position_AP].set(v_AKPH.swapaxes(1, 2), mode='drop'))
+
+
+@program(static_argnums=0, donate_argnums=2)
 def first(plan: Plan, model, state, row: filters.Row, slot_R, last_R, length_R, x_RTD):
   """The first tokens of R rows, from the layers' output at their last tokens -> state, token_R, logprobs of them."""
   last_RD = jnp.take_along_axis(x_RTD, last_R[:, None, None], 1, mode='clip')
@@ -167,7 +190,7 @@ def going_on(token_B, position_B, stop_BJ, end_B):
   return ~(token_B[:, None] == stop_BJ).any(1) & (position_B + 1 < end_B)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+@program(static_argnums=0, donate_argnums=3)
 def decode(plan: Plan, weights, draft_weights, state, row: filters.Row, slot_A, steps):
   """Up to `steps` <= plan.size steps of the live rows among slot_A, until none of them is live. A step takes a row 1 to
   1 + ahead tokens on.
@@ -237,10 +260,7 @@ def decode(plan: Plan, weights, draft_weights, state, row: filters.Row, slot_A, 
 
 def put_back(whole, part, slot_A, position_AC):
   """The state with some rows changed; of their caches, at some positions."""
-  def at_positions(old, new):
-    new = jnp.take_along_axis(new, position_AC[:, :, None, None], 1, mode='clip')
-    return old.at[slot_A[:, None], position_AC].set(new, mode='drop')
-  return {name: jax.tree.map(at_positions, old, part[name]) if name in ('cache', 'draft_cache') else
+  return {name: [put_positions(*kvs, slot_A, position_AC) for kvs in zip(old, part[name])] if name in CACHES else
           old.at[slot_A].set(part[name], mode='drop') for name, old in whole.items()}
 
 

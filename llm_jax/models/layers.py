@@ -40,9 +40,16 @@ class Norm(nnx.Module):
     return settle(y.astype(x.dtype))
 
 
+def compiler_options(platform: str = '') -> dict | None:
+  """Options to compile a step with (platform: default, this one): on a CPU, XLA keeps settle's barriers until after
+  fusion."""
+  on_cpu = (platform or jax.default_backend()) == 'cpu'
+  return {'xla_disable_hlo_passes': 'cse_barrier_expander'} if on_cpu else None
+
+
 def settle(x):
   """x itself; on XLA:CPU also a place where fusion stops, which otherwise computes the elementwise chain behind an
-  array again for each of its readers (of the residual stream: all layers so far). See step.compiler_options."""
+  array again for each of its readers (of the residual stream: all layers so far). Needs compiler_options."""
   return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
@@ -63,12 +70,12 @@ def project(spec: str, x, *ws):
 
 
 def _project_fwd(spec, x, *ws):
-  return (_products(x, ws) if _on_one_cpu() else [jnp.einsum(spec, x, w) for w in ws]), (x, ws)
+  return (_products(x, ws) if on_one_cpu() else [jnp.einsum(spec, x, w) for w in ws]), (x, ws)
 
 
 def _project_bwd(spec, saved, gs):
   x, ws = saved
-  if _on_one_cpu():
+  if on_one_cpu():
     return _products_bwd(x, ws, gs)
   inputs, out = spec.split('->')
   in_x, in_w = inputs.split(',')
@@ -79,7 +86,8 @@ def _project_bwd(spec, saved, gs):
 project.defvjp(_project_fwd, _project_bwd)
 
 
-def _on_one_cpu() -> bool:
+def on_one_cpu() -> bool:
+  """Whether this is a program for a single CPU device."""
   mesh = jax.sharding.get_abstract_mesh()        # on a mesh joined weights would be split otherwise than each alone
   return jax.default_backend() == 'cpu' and (mesh.empty or mesh.size == 1)
 
@@ -88,7 +96,8 @@ def _products(x_BTI, ws):
   """x [B, T, ...] and weights whose leading axes are x's last ones."""
   B, T, *inner = x_BTI.shape
   if B * T < 128:                                # decoding: joining would copy the weights for every token
-    return [(x_BTI.reshape(B * T, -1) @ _join([w], len(inner))).reshape(B, T, *w.shape[len(inner):]) for w in ws]
+    x_MI = settle(x_BTI.reshape(B * T, -1))      # fused with anything else, a product runs on one core, slowly
+    return [settle(x_MI @ settle(_join([w], len(inner)))).reshape(B, T, *w.shape[len(inner):]) for w in ws]
   y_MO = x_BTI.reshape(B * T, -1) @ settle(_join(ws, len(inner)))
   return [y.reshape(B, T, *w.shape[len(inner):]) for y, w in zip(_split(y_MO, ws, len(inner)), ws)]
 

@@ -58,8 +58,8 @@ class Block(nnx.Module):
       self.skip_embed_D = nnx.Param(jnp.zeros(cfg.width))
 
   def __call__(self, x_BTD, first_v_BTKH, context: Context, layer, cache=None):
-    """One layer. layer: its index (traced in a scan). cache: (k_BSKH, v_BSKH, start_B) to extend, or None.
-    Returns x_BTD, the first layer's values, the extended (k_BSKH, v_BSKH) or None, and moe.statistics or None."""
+    """One layer. layer: its index (traced in a scan). cache: (k_BKHS, v_BKSH, start_B) to extend, or None.
+    Returns x_BTD, the first layer's values, the extended (k_BKHS, v_BKSH) or None, and moe.statistics or None."""
     cfg = self.cfg
     key = None if context.key is None else jax.random.fold_in(context.key, layer)
     tap = None if context.taps is None else functools.partial(_tap, context.taps, layer)
@@ -74,7 +74,8 @@ class Block(nnx.Module):
       first_v_BTKH = v_BSKH if first_v_BTKH is None else jnp.where(layer == 0, v_BSKH, first_v_BTKH)
       v_BSKH = self.attention.mix_values(v_BSKH, first_v_BTKH)
     if cache is not None:
-      cache = k_BSKH, v_BSKH = extend(cache, k_BSKH, v_BSKH)
+      cache = layers.settle(extend(cache, k_BSKH, v_BSKH))         # or the carried one and the one read are two
+      k_BSKH, v_BSKH = cache[0].transpose(0, 3, 1, 2), cache[1].transpose(0, 2, 1, 3)
     with jax.named_scope('attention'):
       a_BTD = self.attention(q_BTNH, k_BSKH, v_BSKH, context.view, context.kernel, tap)
     start_BTD = x_BTD
@@ -120,15 +121,15 @@ def _tap(taps, layer, name, value):
 
 
 def extend(cache, k_BTKH, v_BTKH):
-  """Writes T new keys and values into the slots that start at start_B of each row."""
-  k_BSKH, v_BSKH, start_B = cache
+  """The cache (k_BKHS, v_BKSH: as the two products of attention read them) with T new keys and values in the slots that
+  start at start_B of each row."""
+  k_BKHS, v_BKSH, start_B = cache
   B, T = k_BTKH.shape[:2]
-  if T == k_BSKH.shape[1]:
-    return k_BTKH.astype(k_BSKH.dtype), v_BTKH.astype(v_BSKH.dtype)
   row_BT = jnp.broadcast_to(jnp.arange(B)[:, None], (B, T))
   slot_BT = start_B[:, None] + jnp.arange(T)[None]
-  put = lambda old, new: old.at[row_BT, slot_BT].set(new.astype(old.dtype), mode='drop', unique_indices=True)
-  return put(k_BSKH, k_BTKH), put(v_BSKH, v_BTKH)
+  options = dict(mode='drop', unique_indices=True)
+  return (k_BKHS.at[row_BT, :, :, slot_BT].set(k_BTKH.astype(k_BKHS.dtype), **options),
+          v_BKSH.at[row_BT, :, slot_BT].set(v_BTKH.astype(v_BKSH.dtype), **options))
 
 
 class Transformer(nnx.Module):
@@ -306,7 +307,7 @@ class Transformer(nnx.Module):
     return x_BTD, out
 
   def decode(self, blocks, token_BT, start_B, cache, prefix_BS=None, memory=None):
-    """T further tokens per row, the first at slot start_B, over a cache: list of (k_BSKH, v_BSKH) per layer.
+    """T further tokens per row, the first at slot start_B, over a cache: list of (k_BKHS, v_BKSH) per layer.
 
     Returns hidden states [B, T, D] and the new cache. A slot's index is its position; slots past a row's newest token
     are never seen. prefix_BS marks slots every query sees; memory is (memory_BSD, source_segment_BS).

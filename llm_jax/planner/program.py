@@ -20,7 +20,7 @@ from llm_jax import config as config_lib
 from llm_jax import hardware, hlo, sharding
 from llm_jax.config import ConfigError
 from llm_jax.hardware import Topology
-from llm_jax.models import attention, transformer
+from llm_jax.models import attention, layers, transformer
 from llm_jax.train import metrics
 from llm_jax.train import optimizer as optimizer_lib
 from llm_jax.train import step as step_lib
@@ -204,7 +204,7 @@ def compile_step(cfg: config_lib.Config, machine: Machine, full: bool = False) -
         float(compiled.memory_analysis().host_temp_size_in_bytes), cost, cost.flops + in_kernels, flops['causal'],
         {c.axes: span(machine, mesh, c.axes) for c in cost.collectives}, time.monotonic() - start, quick)
 
-  options = step_lib.compiler_options(compiled_for)
+  options = layers.compiler_options(compiled_for)
   if platform == 'tpu' and not full:
     with contextlib.suppress(OutOfMemory):
       program = read(_compile(lowered, dict(exec_time_optimization_effort=-1.0), machine), quick=True)

@@ -20,7 +20,7 @@ from llm_jax.data import prepare, store
 from llm_jax.generate import sampling
 from llm_jax.interop import families
 from llm_jax.interop import load as interop
-from llm_jax.models import attention, pipeline, transformer
+from llm_jax.models import attention, layers, pipeline, transformer
 from llm_jax.train import clock as clock_lib
 from llm_jax.train import metrics as metrics_lib
 from llm_jax.train import optimizer as optimizer_lib
@@ -231,9 +231,9 @@ class Run:
     with self.clock('compile'):
       batch = sharding.put_batch(self.batches(self.first_step, self.rows()), self.mesh)
       self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None),
-                                compiler_options=step_lib.compiler_options()).lower(self.abstract, batch).compile()
+                                compiler_options=layers.compiler_options()).lower(self.abstract, batch).compile()
     self.eval_step = jax.jit(step_lib.make_eval_step(cfg, self.model, self.kernel),
-                             compiler_options=step_lib.compiler_options())
+                             compiler_options=layers.compiler_options())
 
   def rows(self, batch_size: int | None = None) -> tuple[int, int]:
     """The rows of the global batch that this process feeds."""

@@ -108,13 +108,6 @@ def token_loss(cfg: config_lib.Config, bound, x_BTD, batch, training: bool):
     return loss_lib.cross_entropy(bound.logits(x_BTD), target_BT, mask_BT, z_loss, smoothing)
 
 
-def compiler_options(platform: str = '') -> dict | None:
-  """Options to compile a step with (platform: default, this one): on a CPU, XLA keeps layers.settle's barriers until
-  after fusion."""
-  on_cpu = (platform or jax.default_backend()) == 'cpu'
-  return {'xla_disable_hlo_passes': 'cse_barrier_expander'} if on_cpu else None
-
-
 def microbatches(cfg: config_lib.Config, ways: int, platform: str = '') -> int:
   """train.accumulate, or where it is 0 what is fastest here: on a CPU, the fewest microbatches of at most 1,024 tokens
   per device, whose activations stay in its caches; elsewhere one. Also one with dropout, whose masks depend on the
