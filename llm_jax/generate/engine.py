@@ -196,15 +196,18 @@ class Engine:
       bias = np.zeros(V, np.float32)
       for token, value in request.options.logit_bias.items():
         bias[token] = value
-    stops = list(request.options.stop_ids or ())
-    row = dict(history=history, position=np.int32(len(prompt) - 1), live=np.bool_(False),
-               end=np.int32(self._end_of(request, prompt)), count=np.int32(0), seen=seen, bias=bias,
-               stop=np.array(stops + [-1] * (self.stops - len(stops)), np.int32), single=np.bool_(False))
-    self.state = programs.admit(self.state, np.int32(i), row)
+    self._admit_row(i, history, len(prompt) - 1, self._end_of(request, prompt), seen, bias,
+                    list(request.options.stop_ids or ()))
     if self.cfg.encoder_layers:
       source, segment = np.zeros((2, 1, self.source), np.int32)
       source[0, :len(request.ids)], segment[0, :len(request.ids)] = request.ids, 1
       self.state = programs.encode(self.cfg, self.params, self.state, np.int32(i), source, segment)
+
+  def _admit_row(self, i, history, position, end, seen, bias, stops) -> None:
+    row = dict(history=history, position=np.int32(position), live=np.bool_(False), end=np.int32(end),
+               count=np.int32(0), seen=seen, bias=bias, single=np.bool_(False),
+               stop=np.array(stops + [-1] * (self.stops - len(stops)), np.int32))
+    self.state = programs.admit(self.state, np.int32(i), row)
 
   def _fit(self, end: int) -> None:
     """As many positions as the longest row needs: more at once, fewer when a quarter will do."""
@@ -213,14 +216,17 @@ class Engine:
       ends += [self._end_of(r, self._prompt(r)) for r in self.waiting]
     needed = max([end, *ends]) + self.plan.ahead
     size = min(bucket(needed, SHORTEST), self.limit + self.plan.ahead)
+    if size > self.length or 4 * size <= self.length:
+      self._set_length(size)
+
+  def _set_length(self, size: int) -> None:
     if self.state is None:
-      self.length = size
       self.state = programs.empty_state(self.plan, len(self.slots), size, self.stops, self.source)
-    elif size > self.length or 4 * size <= self.length:
-      self.length = size
+    elif size != self.length:
       self.state = programs.resize(self.state, size)
-      for slot in self.slots:
-        slot.held = slot.held[:size]
+    self.length = size
+    for slot in self.slots:
+      slot.held = slot.held[:size]
 
   # Prompts ------------------------------------------------------------------------------------------------------------
 
@@ -243,20 +249,27 @@ class Engine:
       slot.done += len(piece)
       if slot.done == len(slot.prompt):
         whole.append(r)
-    x = self._through(self.cfg, self.weights, 'cache', token, slot_R, start_R, length_R)
-    if self.draft_weights:
-      self._through(self.plan.draft, self.draft_weights, 'draft_cache', token, slot_R, start_R, length_R)
+    out = self._fill_rows(token, slot_R, start_R, last_R, length_R, whole)
     if whole:
-      ended_R = np.full(R, len(self.slots), np.int32)
-      ended_R[whole] = slot_R[whole]
-      self.state, token_R, live_B, found = programs.first(self.plan, self.weights[0], self.state, self.rows, ended_R,
-                                                          last_R, length_R, x)
-      tokens, live = np.asarray(token_R), np.asarray(live_B)
-      found = [np.asarray(x) for x in found] if any(self.rows.top_B[slot_R[whole]] >= 0) else None
+      tokens, live, found = np.asarray(out[0]), np.asarray(out[1]), None
+      if any(self.rows.top_B[slot_R[whole]] >= 0):
+        found = [np.asarray(x) for x in out[2]]
       for r in whole:
         i = int(slot_R[r])
         self.slots[i].request.first = self._now()
         self._take(i, [int(tokens[r])], bool(live[i]), found and [(x[r:r + 1]) for x in found])
+
+  def _fill_rows(self, token, slot_R, start_R, last_R, length_R, whole):
+    """Tokens of R prompts into the cache; (first token, live, logprobs) of those in `whole`, where there are any."""
+    x = self._through(self.cfg, self.weights, 'cache', token, slot_R, start_R, length_R)
+    if self.draft_weights:
+      self._through(self.plan.draft, self.draft_weights, 'draft_cache', token, slot_R, start_R, length_R)
+    if whole:
+      ended_R = np.full(len(slot_R), len(self.slots), np.int32)
+      ended_R[whole] = slot_R[whole]
+      self.state, *out = programs.first(self.plan, self.weights[0], self.state, self.rows, ended_R, last_R, length_R, x)
+      return out
+    return None
 
   def _through(self, cfg, weights, name, token, slot_R, start_R, length_R):
     """The layers' output over the tokens, whose keys and values are put into the cache."""
@@ -332,12 +345,37 @@ class Engine:
     slot.request.reason, slot.request, slot.used = reason, None, self.clock
     for array, value in zip(self.rows, self._no_rows()):
       array[i] = value[i]
-    live = np.asarray(self.state['live']).copy()
-    if live[i]:
-      live[i] = False
-      self.state['live'] = jax.device_put(live, self.state['live'].sharding)
+    if np.asarray(self.state['live'])[i]:
+      self.state = programs.admit(self.state, np.int32(i), dict(live=np.bool_(False)))
 
   # Compiling ----------------------------------------------------------------------------------------------------------
+
+  def lengths(self) -> list[int]:
+    """The lengths that the cache may have."""
+    most = self.limit + self.plan.ahead
+    return sorted({min(bucket(n, SHORTEST), most) for n in [SHORTEST << k for k in range(32)] if n <= 2 * most})
+
+  def warm_up(self, progress: Callable[[str], None] = lambda text: None) -> None:
+    """Compiles every program that any request may need."""
+    lengths, B = self.lengths(), len(self.slots)
+    for length in lengths:
+      progress(f'compiling for {length} positions')
+      self._set_length(length)
+      for n in sorted({len(self._rows_of(list(range(n)))) for n in range(1, B + 1)}):
+        self._compile(self._rows_of(list(range(n)) if n < B else list(range(B))))
+      for R in sorted({row_count(n) for n in FILLED}):
+        for shorter, width in zip((0, *CHUNKS), CHUNKS if self.cfg.attention != 'prefix' else ()):
+          if shorter < length:
+            self._fill_rows(np.zeros((R, width), np.int32), np.full(R, B, np.int32), *np.zeros((3, R), np.int32), [0])
+    for length in lengths:                       # from every one to every other
+      for other in lengths:
+        self._set_length(length), self._set_length(other)
+      self._set_length(length)
+      self.state = programs.copy_row(self.state, np.int32(0), np.int32(0))
+      for bias in (np.float32(0), np.zeros(self.cfg.vocab_size, np.float32)):
+        self._admit_row(0, np.zeros(self.length, np.int32), 0, 0, np.zeros(self.cfg.vocab_size, bool), bias, [])
+      self.state = programs.admit(self.state, np.int32(0), dict(live=np.bool_(False)))
+    self._set_length(lengths[0])
 
   def _now(self) -> float:
     return time.perf_counter() - self.compiling
