@@ -1,4 +1,5 @@
 """A trained model in a few lines: `m = llm_jax.load(path)`, then m.logits, m.generate, m.attention, m.activations."""
+import contextlib
 import dataclasses
 import functools
 
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax import config as config_lib
+from llm_jax import sharding
 from llm_jax.config import ConfigError
 from llm_jax.generate import engine, sampling
 from llm_jax.interop import load as interop
@@ -93,3 +95,13 @@ def load(path, step: int | None = None, ema: bool = False, dtype: str | None = N
   """
   m = interop.load(path, step=step, ema=ema, dtype=dtype, verify=verify)
   return Model(m.config, m.params, m.tokenizer, m.shape, m.chat_template, m.origin)
+
+
+def spread(fsdp: int, tensor: int):
+  """A context in which a model is spread over the first fsdp x tensor devices; none is needed for one."""
+  if fsdp == tensor == 1:
+    return contextlib.nullcontext()
+  if fsdp < 1 or tensor < 1 or fsdp * tensor > jax.device_count():
+    raise ConfigError(f'--fsdp={fsdp} --tensor={tensor}: expected positive numbers whose product is at most the '
+                      f'{jax.device_count()} devices here')
+  return jax.set_mesh(sharding.make_mesh(config_lib.Mesh(fsdp=fsdp, tensor=tensor), jax.devices()[:fsdp * tensor]))

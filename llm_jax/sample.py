@@ -2,7 +2,6 @@
 
 Prompts and texts go to stdout, everything else to stderr.
 """
-import contextlib
 import os
 import sys
 
@@ -70,26 +69,13 @@ def run(flags) -> None:
   from llm_jax.generate.options import Options
   Options(**options)                # a wrong option fails before the model is read
   hardware.keep_programs(store.cache_folder(config_lib.Data()))
-  with mesh(flags.fsdp, flags.tensor):
+  with api.spread(flags.fsdp, flags.tensor):
     model = api.load(flags.model, flags.step, flags.ema, verify=not flags.no_verify)
     results = generate(model, prompts, flags, options)
   made = sum(len(r.tokens) for r in results)
   seconds = max(r.seconds for r in results)
   print(f'{made} tokens in {seconds:.2f} s ({made / max(seconds, 1e-9):,.0f} tok/s after compiling); '
         f'{model.origin}', file=sys.stderr)
-
-
-def mesh(fsdp: int, tensor: int):
-  """A context in which a model is spread over the first fsdp x tensor devices; none is needed for one."""
-  if fsdp == tensor == 1:
-    return contextlib.nullcontext()
-  import jax
-
-  from llm_jax import sharding
-  if fsdp < 1 or tensor < 1 or fsdp * tensor > jax.device_count():
-    raise ConfigError(f'--fsdp={fsdp} --tensor={tensor}: expected positive numbers whose product is at most the '
-                      f'{jax.device_count()} devices here')
-  return jax.set_mesh(sharding.make_mesh(config_lib.Mesh(fsdp=fsdp, tensor=tensor), jax.devices()[:fsdp * tensor]))
 
 
 def generate(model, prompts, flags, options) -> list:

@@ -57,6 +57,10 @@ class HuggingFace(Tokenizer):
       spelled += [t.id for c in name for t in self._tokenizer.model.tokenize(c)] if literal else [i]
     return spelled
 
+  @property
+  def specials(self):
+    return {name: i for i, name in self._special.items()}
+
   def begins_with_bos(self) -> bool:
     """Whether its own post-processor puts bos before a text."""
     return self.bos_id is not None and self._tokenizer.encode('', add_special_tokens=True).ids[:1] == [self.bos_id]

@@ -53,6 +53,17 @@ class Tokenizer:
   model = b''
 
   @property
+  def specials(self) -> dict[str, int]:
+    """{name: id} of the tokens that no text gives."""
+    return {}
+
+  @property
+  def role_names(self) -> dict[str, str]:
+    """{'bos_token': '<s>', ...}: what chat templates call them; '' for what there is not."""
+    names = {i: name for name, i in self.specials.items()}
+    return dict(bos_token=names.get(self.bos_id, ''), eos_token=names.get(self.eos_id, ''))
+
+  @property
   def stop_ids(self) -> tuple[int, ...]:
     """What generation ends at: eos, and what else the model's files name."""
     return tuple(dict.fromkeys(i for i in (self.eos_id, *self.more_stops) if i is not None))
@@ -109,6 +120,10 @@ class Byte(Tokenizer):
   def __init__(self):
     self._sign()
 
+  @property
+  def specials(self):
+    return {name: 256 + i for i, name in enumerate(('<bos>', *SPECIALS))}
+
   def _encode_batch(self, texts):
     return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
 
@@ -161,6 +176,7 @@ class SentencePiece(Tokenizer):
     self.vocab_size = self._sp.vocab_size()
     self._bytes = [_piece_bytes(p, proto.trainer_spec.unk_surface) for p in proto.pieces]
     ids = {p.piece: i for i, p in enumerate(proto.pieces) if p.type == p.CONTROL}
+    self._specials = ids
     self.mask_id = ids.get('<mask>')
     self.sentinel_ids = tuple(ids[s] for s in SPECIALS[1:] if s in ids)
     bos, eos, pad = self._sp.bos_id(), self._sp.eos_id(), self._sp.pad_id()
@@ -180,6 +196,10 @@ class SentencePiece(Tokenizer):
     # The library takes U+2581 in text for a space: as bytes it stays itself.
     found = ((self._space if line == SPACE else next_ids for line, next_ids in zip(part, ids)) for part in lines)
     return [np.fromiter(itertools.chain.from_iterable(part), np.int32) for part in found]
+
+  @property
+  def specials(self):
+    return self._specials
 
   def piece(self, i: int) -> str:
     return self._sp.id_to_piece(i)

@@ -16,6 +16,7 @@ import numpy as np
 from llm_jax import config as config_lib
 from llm_jax.config import ConfigError
 from llm_jax.generate import filters, programs
+from llm_jax.generate.constrain import Constraint
 from llm_jax.generate.options import Options
 from llm_jax.sharding import ACT, axis_size
 
@@ -30,12 +31,15 @@ SHORTEST = 128             # positions of a cache
 @dataclasses.dataclass(eq=False)
 class Request:
   """A prompt and how to continue it. watch(tokens): called with each further tokens; returns None to go on, or how many
-  of them to keep and end there. salt: prompts share cached beginnings only with those of the same salt."""
+  of them to keep and end there. ended(): called once it has. salt: prompts share cached beginnings only with those of
+  the same salt. constraint: what its text follows."""
   ids: list[int]                   # the source, of an encoder-decoder
   options: Options
   nth: int = 0                     # the same prompt again is another sample
   watch: Callable[[list[int]], int | None] | None = None
+  ended: Callable[[], None] = lambda: None
   salt: str = ''
+  constraint: Constraint | None = None
   tokens: list[int] = dataclasses.field(default_factory=list)
   logprobs: list[tuple] = dataclasses.field(default_factory=list)      # (logp, ids, logps) of each token, if wanted
   reason: str = ''                 # 'stop' | 'length' | 'cancelled', once it has ended
@@ -112,6 +116,7 @@ class Engine:
     if request in self.waiting:
       self.waiting.remove(request)
       request.reason = 'cancelled'
+      request.ended()
     for i, slot in enumerate(self.slots):
       if slot.request is request:
         self._end(i, 'cancelled')
@@ -183,7 +188,7 @@ class Engine:
   def _set_options(self, i: int, request: Request) -> None:
     o = request.options
     values = (o.temperature, o.top_k, o.top_p, o.min_p, o.typical_p, o.repetition_penalty, o.presence_penalty,
-              o.frequency_penalty, o.seed & 0xffffffff, request.nth, bool(o.logit_bias), False,
+              o.frequency_penalty, o.seed & 0xffffffff, request.nth, bool(o.logit_bias), request.constraint is not None,
               -1 if o.logprobs is None else o.logprobs)
     for array, value in zip(self.rows, values):
       array[i] = value
@@ -198,10 +203,17 @@ class Engine:
         bias[token] = value
     self._admit_row(i, history, len(prompt) - 1, self._end_of(request, prompt), seen, bias,
                     list(request.options.stop_ids or ()))
+    self._constrain(i, request)
     if self.cfg.encoder_layers:
       source, segment = np.zeros((2, 1, self.source), np.int32)
       source[0, :len(request.ids)], segment[0, :len(request.ids)] = request.ids, 1
       self.state = programs.encode(self.cfg, self.params, self.state, np.int32(i), source, segment)
+
+  def _constrain(self, i: int, request: Request) -> None:
+    """Tells the device which tokens may come next; a proposed one cannot be checked, so there are none."""
+    if request.constraint:
+      allowed = request.constraint.allowed(self.state['allowed'].shape[1])
+      self.state = programs.admit(self.state, np.int32(i), dict(allowed=allowed, single=np.bool_(True)))
 
   def _admit_row(self, i, history, position, end, seen, bias, stops) -> None:
     row = dict(history=history, position=np.int32(position), live=np.bool_(False), end=np.int32(end),
@@ -295,6 +307,8 @@ class Engine:
     steps = self.plan.size
     if watched and jax.process_count() == 1:      # clocks differ, and every process must dispatch the same
       steps = int(np.clip(LATENCY / self.pace, 1, steps)) if self.pace else 1
+    if any(self.slots[i].request.constraint for i in ready):
+      steps = 1
     before = time.perf_counter()
     made, made_A, live = self._dispatch(slot_A, steps)
     made_A, live, token_AC = np.asarray(made_A), np.asarray(live), np.asarray(made['token'])
@@ -325,28 +339,32 @@ class Engine:
   def _take(self, i: int, tokens: list[int], live: bool, found) -> None:
     """New tokens of a row: shown to who watches it, kept, and the row ended where it has."""
     slot, request = self.slots[i], self.slots[i].request
+    if found and (n := request.options.logprobs) is not None:
+      request.logprobs += [(float(lp), top[:n].tolist(), top_lp[:n].tolist()) for lp, top, top_lp in zip(*found)]
     kept = request.watch(tokens) if request.watch else None
     request.tokens += tokens[:kept]
+    del request.logprobs[len(request.tokens):]
     request.last = self._now()
-    if found and request.options.logprobs is not None:
-      n = request.options.logprobs
-      request.logprobs += [(float(lp), top[:n].tolist(), top_lp[:n].tolist())
-                           for lp, top, top_lp in list(zip(*found))[:kept]]
     slot.held += tokens[:kept]
     if slot.request is not request:              # cancelled by its watcher
       return
-    if kept is not None or not live:
-      ended = kept is not None or request.tokens[-1] in (request.options.stop_ids or ())
+    going = all(request.constraint.take(token) for token in tokens) if request.constraint else True
+    if going and live and kept is None:
+      self._constrain(i, request)
+    else:
+      ended = kept is not None or not going or request.tokens[-1] in (request.options.stop_ids or ())
       self._end(i, 'stop' if ended else 'length')
 
   def _end(self, i: int, reason: str) -> None:
     slot = self.slots[i]
     slot.held = slot.held[:slot.done] if slot.done < len(slot.prompt) else slot.held[:-1]     # the newest is not there
-    slot.request.reason, slot.request, slot.used = reason, None, self.clock
+    request, slot.request, slot.used = slot.request, None, self.clock
+    request.reason = reason
     for array, value in zip(self.rows, self._no_rows()):
       array[i] = value[i]
     if np.asarray(self.state['live'])[i]:
       self.state = programs.admit(self.state, np.int32(i), dict(live=np.bool_(False)))
+    request.ended()
 
   # Compiling ----------------------------------------------------------------------------------------------------------
 
@@ -375,6 +393,8 @@ class Engine:
       for bias in (np.float32(0), np.zeros(self.cfg.vocab_size, np.float32)):
         self._admit_row(0, np.zeros(self.length, np.int32), 0, 0, np.zeros(self.cfg.vocab_size, bool), bias, [])
       self.state = programs.admit(self.state, np.int32(0), dict(live=np.bool_(False)))
+      allowed = np.zeros(self.state['allowed'].shape[1], np.uint32)
+      self.state = programs.admit(self.state, np.int32(0), dict(allowed=allowed, single=np.bool_(True)))
     self._set_length(lengths[0])
 
   def _now(self) -> float:
