@@ -42,13 +42,6 @@ def read_prompt(prompt: str) -> str:
     raise ConfigError(f'--prompt: expected UTF-8, got {e}') from e
 
 
-def shown(text: str) -> str:
-  """Text as it may go to stdout: on a terminal, control characters (escape sequences) are made visible."""
-  if not sys.stdout.isatty():
-    return text
-  return ''.join(c if c in '\n\t' or c.isprintable() else repr(c)[1:-1] for c in text)
-
-
 def main(args: list[str]) -> None:
   with config_lib.one_line_errors('--debug' in args):
     try:
@@ -81,8 +74,9 @@ def run(flags) -> None:
 def generate(model, prompts, flags, options) -> list:
   """Writes the texts to stdout and returns the results, in the order of the prompts."""
   from llm_jax.generate import sampling
+  from llm_jax.generate import text as text_lib
   sys.stdout.reconfigure(errors='backslashreplace')    # a terminal that is not UTF-8
-  write = lambda text: print(shown(text), end='', flush=True)
+  write = lambda text: print(text_lib.shown(text), end='', flush=True)
   if flags.stream:
     write(prompts[0])
   results = sampling.generate(model.shape, model.params, model.tokenizer, prompts,

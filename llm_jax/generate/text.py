@@ -1,5 +1,6 @@
 """From tokens to text as it is generated: whole characters only, cut before a stop string."""
 import codecs
+import sys
 
 CONTEXT = 8     # tokens decoded before a new one: tokenizers join pieces by what comes before them
 
@@ -44,3 +45,10 @@ class TextStream:
   def _held(self):
     """Length of the longest end of the text that a stop string begins with."""
     return max((k for s in self.stop for k in range(1, len(s)) if self.text.endswith(s[:k])), default=0)
+
+
+def shown(text: str) -> str:
+  """Text as it may go to stdout: on a terminal, control characters (escape sequences) are made visible."""
+  if not sys.stdout.isatty():
+    return text
+  return ''.join(c if c in '\n\t' or c.isprintable() else repr(c)[1:-1] for c in text)
