@@ -31,7 +31,8 @@ def test_turns_commands_and_mistakes(model, tmp_path):
   first = expected('hi')
   second = expected('hi', first, 'more')
   out = talk(model, ['hi', 'more', '/regenerate', '/save x.json', '/undo', '/new', '/load nowhere', '/regenerate',
-                     '/what', 'x' * 600, '/load x.json', '/quit', 'never'], '--system=Be brief.', '--length=256', cwd=tmp_path)
+                     '/what', 'x' * 600, '/load x.json', '/quit', 'never'], '--system=Be brief.',
+             '--length=256', cwd=tmp_path)
   assert out.returncode == 0, out.stderr
   from llm_jax.generate.text import shown
   assert out.stdout == ''.join(shown(text) + '\n' for text in (first, second, second))

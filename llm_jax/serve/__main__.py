@@ -23,6 +23,7 @@ def parse(args):
   parser.add_argument('--length', type=int, default=2048, help='tokens of prompt and answer at most')
   parser.add_argument('--ahead', type=int, default=0, help="tokens proposed per step, looked up in the row's own text")
   parser.add_argument('--draft', help='a smaller model of the same vocabulary that proposes them')
+  parser.add_argument('--feedback', default='', help='a file to keep what people think of answers (page, /feedback)')
   parser.add_argument('--fsdp', type=int, default=1)
   parser.add_argument('--tensor', type=int, default=1)
   parser.add_argument('--step', type=int)
@@ -75,7 +76,8 @@ def run(flags) -> None:
   local = ('127.0.0.1', 'localhost', '[::1]', flags.host, *flags.host_name)
   everywhere = flags.host in ('0.0.0.0', '::') and not flags.host_name
   server = app.Server(model, worker, app.Settings(
-      name, tuple(filter(None, os.environ.get('LLM_JAX_API_KEY', '').split(','))), () if everywhere else local))
+      name, tuple(filter(None, os.environ.get('LLM_JAX_API_KEY', '').split(','))), () if everywhere else local,
+      feedback=flags.feedback))
   worker.start()
   web = Web(uvicorn.Config(server.application(), host=flags.host, port=flags.port, log_level='warning',
                            timeout_graceful_shutdown=30, h11_max_incomplete_event_size=64 << 10, access_log=False,

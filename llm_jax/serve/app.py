@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import hmac
+import importlib.resources
 import json
 import time
 
@@ -20,11 +21,16 @@ from starlette.routing import Route
 from llm_jax.config import ConfigError
 from llm_jax.generate import chat, constrain, engine
 from llm_jax.generate.options import Options
-from llm_jax.serve import openapi, protocol, score
+from llm_jax.serve import feedback, openapi, protocol, score
 from llm_jax.serve.protocol import ApiError
 from llm_jax.serve.worker import Choice, Full, Worker
 
-OPEN = {'/health', '/ready', '/openapi.json'}          # without a key
+PAGE = {'/': ('index.html', 'text/html'), '/page.js': ('page.js', 'text/javascript'),
+        '/page.css': ('page.css', 'text/css')}
+OPEN = {'/health', '/ready', '/openapi.json', *PAGE}   # without a key: they say nothing of anybody
+# The page runs its own files and asks this server alone.
+POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+          "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 PATIENCE = 1000            # pieces of a stream that may wait for a slow reader
 
 
@@ -35,6 +41,7 @@ class Settings:
   keys: tuple[str, ...] = ()
   hosts: tuple[str, ...] = ()          # of the Host header; () for any
   body: int = 4 << 20                  # bytes of a request at most
+  feedback: str = ''                   # a file to keep what people think of answers; '': nothing is kept
 
 
 class Server:
@@ -45,6 +52,7 @@ class Server:
     self.tokenizer, self.shape, self.limit = model.tokenizer, model.shape, worker.engine.limit
     self.grammars = constrain.Grammars(model.tokenizer, model.shape.vocab_size)
     self.scorer = score.Scorer(model.shape, model.params)
+    self.feedback = feedback.Feedback(settings.feedback) if settings.feedback else None
     self.created, self.draining = int(time.time()), False
     self.registry = prometheus_client.CollectorRegistry()
     count = lambda name, text, *labels: prometheus_client.Counter(f'llm_jax_{name}', text, ['model', *labels],
@@ -157,7 +165,7 @@ class Server:
 
   async def models(self, request: Request):
     entry = dict(id=self.settings.name, object='model', created=self.created, owned_by='llm_jax',
-                 max_model_len=self.limit)
+                 max_model_len=self.limit, feedback=self.feedback is not None)
     if (name := request.path_params.get('name')) is None:
       return JSONResponse(dict(object='list', data=[entry]))
     self.check_model(dict(model=name))
@@ -342,6 +350,30 @@ class Server:
         stop_token_ids=list(t.stop_ids), adds_bos=t.adds_bos and t.bos_id is not None, **t.role_names,
         chat_template=self.model.chat_template, max_model_len=self.limit))
 
+  async def rate(self, request: Request):
+    """What somebody thinks of an answer, where that is kept."""
+    if self.feedback is None:
+      raise ApiError('feedback is not kept here; start the server with --feedback=FILE', None, 404)
+    body = await self.body(request)
+    row = {name: body.get(name) for name in ('id', 'rating', 'comment', 'messages', 'answer')}
+    if not isinstance(row['id'], str) or not 0 < len(row['id']) <= 100:
+      raise ApiError('id: expected the id of an answer', 'id')
+    if row['rating'] not in (1, -1) or isinstance(row['rating'], bool):
+      raise ApiError('rating: expected 1 or -1', 'rating')
+    for name in ('comment', 'answer'):
+      if not isinstance(row[name], str) or len(row[name]) > 100_000:
+        raise ApiError(f'{name}: expected a text', name)
+    row['messages'] = list(protocol.chat(dict(messages=row['messages']), self.limit).messages)
+    await asyncio.to_thread(self.feedback.add, row | dict(model=self.settings.name))
+    return JSONResponse(dict(id=row['id'], kept=True))
+
+  async def page(self, request: Request):
+    name, kind = PAGE[request.url.path]
+    data = (importlib.resources.files('llm_jax.serve') / 'page' / name).read_bytes()
+    return Response(data, media_type=kind, headers={
+        'Content-Security-Policy': POLICY, 'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'no-referrer',
+        'Cache-Control': 'no-cache'})
+
   async def health(self, request: Request):
     return JSONResponse(dict(status='dead' if self.worker.error else 'ok'), 503 if self.worker.error else 200)
 
@@ -375,6 +407,7 @@ class Server:
         route('/v1/embeddings', self.embeddings), route('/tokenize', self.tokenize),
         route('/detokenize', self.detokenize), route('/tokenizer_info', self.tokenizer_info, 'GET'),
         route('/health', self.health, 'GET'), route('/ready', self.ready, 'GET'),
+        *(route(path, self.page, 'GET') for path in PAGE), route('/feedback', self.rate),
         route('/metrics', self.metrics, 'GET'), route('/openapi.json', self.described, 'GET')]
     wrong = lambda status, text: lambda request, e: answer(ApiError(text, None, status))
     return Starlette(routes=routes, exception_handlers={

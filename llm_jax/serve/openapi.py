@@ -7,6 +7,7 @@ ROUTES = {
     '/v1/chat/completions': ('post', 'Goes on with a conversation'), '/v1/completions': ('post', 'Continues a text'),
     '/v1/embeddings': ('post', 'Texts as vectors'), '/tokenize': ('post', 'A text as token ids'),
     '/detokenize': ('post', 'Token ids as a text'), '/tokenizer_info': ('get', 'The tokenizer'),
+    '/feedback': ('post', 'What somebody thinks of an answer, where that is kept'), '/': ('get', 'The chat page'),
     '/health': ('get', 'Whether the engine lives'), '/ready': ('get', 'Whether requests are taken'),
     '/metrics': ('get', 'Figures for Prometheus'), '/openapi.json': ('get', 'This')}
 KINDS = dict(messages='array', prompt=None, stop=None, logit_bias='object', stream_options='object',
@@ -38,6 +39,6 @@ def description(model: str) -> dict:
 def _schema(path: str) -> dict:
   names = {'/v1/chat/completions': protocol.CHAT, '/v1/completions': protocol.COMPLETION,
            '/v1/embeddings': ('model', 'input', 'encoding_format'), '/tokenize': ('model', 'prompt', 'messages'),
-           '/detokenize': ('model', 'tokens')}[path]
+           '/feedback': ('id', 'rating', 'comment', 'messages', 'answer'), '/detokenize': ('model', 'tokens')}[path]
   kind = lambda name: KINDS.get(name, 'number')
   return dict(type='object', properties={name: dict(type=kind(name)) if kind(name) else {} for name in names})
