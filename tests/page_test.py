@@ -148,8 +148,9 @@ def test_feedback_is_kept_without_secrets_and_deleted(page, server):
   page.click('#ask >> text=OK')
   page.wait_for_selector('[aria-label="A good answer"][aria-pressed="true"]')
   row, = [json.loads(line) for line in server[1].read_text().splitlines()]
-  assert row['rating'] == 1 and row['messages'][0]['role'] == 'user' and row['answer'] and row['id'].startswith('chatcmpl-')
-  assert 'hunter2' not in str(row) and 'sk-abc' not in str(row) and '12345' not in str(row) and '[redacted]' in str(row)
+  assert row['rating'] == 1 and row['messages'][0]['role'] == 'user' and row['answer']
+  assert row['id'].startswith('chatcmpl-') and '[redacted]' in str(row)
+  assert not any(secret in str(row) for secret in ('hunter2', 'sk-abc', '12345'))
   from llm_jax.serve import feedback
   feedback.main([str(server[1]), 'list'])
   feedback.main([str(server[1]), 'delete', row['id']])
