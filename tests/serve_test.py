@@ -357,3 +357,71 @@ def test_S8_S20_a_dead_engine_is_told_to_all(model, tmp_path):
     with pytest.raises(openai.APIStatusError) as e:
       c.completions.create(model='tiny', prompt='x', max_tokens=3)
     assert e.value.status_code == 503
+
+
+# Oversight ------------------------------------------------------------------------------------------------------------
+
+HOOK = """
+import sys, types
+module = types.ModuleType('hook')
+def look(kind, text):
+  if text == 'fail':
+    raise ValueError
+  if kind == 'prompt':
+    return 'that word' if 'forbidden' in text else ''
+  return 'too long' if len(text) > 20 else None
+module.look = look
+sys.modules['hook'] = module
+"""
+
+
+def test_a_hook_sees_prompts_and_outputs_and_the_log_has_no_text(model, tmp_path):
+  env, log = dict(XDG_CACHE_HOME=str(tmp_path), LLM_JAX_API_KEY='k'), tmp_path / 'log.jsonl'
+  with serving.serve(model, '--slots=1', '--length=128', '--no_warm_up', '--moderate=hook:look', f'--log={log}',
+                     code=HOOK, env=env) as (_, address, _):
+    c = openai.OpenAI(base_url=f'{address}/v1', api_key='k', max_retries=0, timeout=60)
+    for prompt in ('forbidden', 'fail'):
+      with pytest.raises(openai.BadRequestError) as e:
+        c.completions.create(model='tiny', prompt=prompt, max_tokens=3)
+      assert e.value.code == 'content_policy_violation'
+    with pytest.raises(openai.BadRequestError):
+      c.chat.completions.create(model='tiny', messages=[dict(role='user', content='a forbidden word')])
+    short = c.completions.create(model='tiny', prompt='secret', max_tokens=5, temperature=0)
+    again = c.completions.create(model='tiny', prompt='secret', max_tokens=5, temperature=0)
+    long = c.completions.create(model='tiny', prompt='secret', max_tokens=100, temperature=0)
+    assert short.choices[0].finish_reason == 'length' and long.choices[0].finish_reason == 'content_filter'
+    assert len(long.choices[0].text) <= 20 and short.choices[0].text == again.choices[0].text
+    events = list(c.completions.create(model='tiny', prompt='secret', max_tokens=100, temperature=0, stream=True))
+    assert events[-1].choices[0].finish_reason == 'content_filter'
+    assert len(''.join(e.choices[0].text for e in events)) <= 20
+  rows = [json.loads(line) for line in log.read_text().splitlines()]
+  assert [row['status'] for row in rows] == [400, 400, 400, 200, 200, 200, 200]
+  assert 'secret' not in log.read_text() and rows[3]['prompts'] == rows[4]['prompts'] != []
+  assert rows[3]['outputs'] == rows[4]['outputs'] and rows[3]['tokens'] == [5]
+  assert rows[5]['reasons'] == ['content_filter']
+  assert log.stat().st_mode & 0o077 == 0
+
+
+def test_S15_a_logged_text_is_one_line(model, tmp_path):
+  env, log = dict(XDG_CACHE_HOME=str(tmp_path)), tmp_path / 'log.jsonl'
+  with serving.serve(model, '--slots=1', '--length=128', '--no_warm_up', '--log_text', f'--log={log}', env=env) as (
+      _, address, _):
+    text = 'a\r\nb\x1b[31m\u2028c'
+    assert httpx.post(f'{address}/v1/completions', json=dict(prompt=text, max_tokens=2), timeout=60).status_code == 200
+  data = log.read_bytes()
+  assert data.count(b'\n') == 1 and b'\r' not in data and b'\x1b' not in data
+  assert json.loads(data)['prompts'] == [text]
+
+
+def test_a_watermark_is_found_in_what_the_server_made(model, tmp_path, capsys):
+  from llm_jax.generate import watermark
+  (tmp_path / 'key').write_text('0123456789abcdef0123')
+  with serving.serve(model, '--slots=1', '--length=256', '--no_warm_up', '--watermark=green',
+                     f'--watermark_key={tmp_path / "key"}', env=dict(XDG_CACHE_HOME=str(tmp_path))) as (_, address, _):
+    ask = dict(prompt='x', max_tokens=200, temperature=1.0, seed=1, n=4, frequency_penalty=2.0,
+               guided_regex='[a-z ]{180}')                    # this model would say the same few bytes for ever
+    choices = httpx.post(f'{address}/v1/completions', json=ask, timeout=90).json()['choices']
+    text = ''.join(choice['text'] for choice in choices)
+  (tmp_path / 'text').write_text(text)
+  watermark.main([f'--model={model}', '--kind=green', f'--key_file={tmp_path / "key"}', str(tmp_path / 'text')])
+  assert ': marked' in capsys.readouterr().out

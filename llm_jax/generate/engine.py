@@ -70,19 +70,19 @@ class Engine:
   slots: rows at once; length: positions of a row at most; vocab_size: ids from here on are never sampled (0: the
   model's); start_id begins an encoder-decoder's target, source: positions of its encoder; stops: ids that end a row, at
   most; size: tokens per dispatch; ahead: tokens proposed per step, by a draft model (its config and parameters) or
-  looked up in the text.
+  looked up in the text; mark: a watermark.Watermark for every text.
   """
 
   def __init__(self, cfg: config_lib.Model, params, *, slots: int = 8, length: int = 0, vocab_size: int = 0,
                start_id: int = 0, size: int = STREAM, ahead: int = 0, draft: tuple | None = None, source: int = 0,
-               stops: int = 8):
+               stops: int = 8, mark=None):
     if cfg.attention == 'bidirectional':
       raise ConfigError("config.model.attention: a 'bidirectional' model cannot generate text; expected 'causal' or "
                         "'prefix'")
     self.cfg, self.params, self.start_id = cfg, params, start_id
     self.limit = min(length or cfg.max_length, cfg.max_length)
     self.vocab_size = min(vocab_size or cfg.vocab_size, cfg.vocab_size)
-    self.plan = programs.Plan(cfg, self.vocab_size, size, ahead, draft and draft[0])
+    self.plan = programs.Plan(cfg, self.vocab_size, size, ahead, draft and draft[0], mark)
     self.weights = programs.unstack(cfg, params)
     self.draft_weights = draft and programs.unstack(*draft)
     self.slots = [Slot() for _ in range(row_count(slots))]

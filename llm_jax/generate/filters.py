@@ -8,6 +8,8 @@ import typing
 import jax
 import jax.numpy as jnp
 
+from llm_jax.generate import watermark
+
 TOP = 20               # likeliest tokens whose log-probabilities can be asked for
 
 
@@ -28,12 +30,13 @@ class Row(typing.NamedTuple):
   top_B: jax.Array       # how many log-probabilities are wanted; -1: none, 0: of the token itself
 
 
-def sample(logits_BV, position_B, row: Row, vocab_size, count_BV, seen_BV, bias_BV, allowed_BW):
+def sample(logits_BV, position_B, row: Row, vocab_size, count_BV, seen_BV, bias_BV, allowed_BW, mark=None,
+           before_BH=None):
   """Token int32 [B] for position_B of each row.
 
   count_BV: how often each token was generated; seen_BV: it was, or is in the prompt; bias_BV: added to the logits;
-  allowed_BW: bits of the tokens that may come, 32 a word. Penalties: CTRL, arXiv 1909.05858 (repetition), and OpenAI's
-  (presence, frequency).
+  allowed_BW: bits of the tokens that may come, 32 a word; mark: a Watermark, of the tokens before_BH. Penalties: CTRL,
+  arXiv 1909.05858 (repetition), and OpenAI's (presence, frequency).
   """
   V = logits_BV.shape[1]
   logits_BV = jnp.where(jnp.arange(V)[None] < vocab_size, logits_BV, -jnp.inf)
@@ -48,9 +51,11 @@ def sample(logits_BV, position_B, row: Row, vocab_size, count_BV, seen_BV, bias_
   penalised_B = (row.repetition_B != 1) | (row.presence_B != 0) | (row.frequency_B != 0)
   logits_BV = jax.lax.cond(penalised_B.any(), penalise, lambda x: x, logits_BV)
   logits_BV = jax.lax.cond(row.biased_B.any(), lambda x: x + bias_BV, lambda x: x, logits_BV)
+  if mark and mark.kind == 'green':
+    logits_BV = watermark.raise_green(mark, logits_BV, before_BH)
   logits_BV = jax.lax.cond(row.masked_B.any(), lambda x: _masked(x, row.masked_B, allowed_BW), lambda x: x, logits_BV)
   greedy_B = logits_BV.argmax(1).astype(jnp.int32)
-  draw = lambda: jnp.where(row.temperature_B > 0, _draw(logits_BV, position_B, row), greedy_B)
+  draw = lambda: jnp.where(row.temperature_B > 0, _draw(logits_BV, position_B, row, mark, before_BH), greedy_B)
   return jax.lax.cond((row.temperature_B > 0).any(), draw, lambda: greedy_B)
 
 
@@ -61,9 +66,11 @@ def _masked(logits_BV, masked_B, allowed_BW):
   return jnp.where(allowed_BV | ~masked_B[:, None], logits_BV, -jnp.inf)
 
 
-def _draw(logits_BV, position_B, row: Row):
+def _draw(logits_BV, position_B, row: Row, mark, before_BH):
   temperature_B1 = jnp.where(row.temperature_B > 0, row.temperature_B, 1)[:, None]
   logits_BV = keep(logits_BV / temperature_B1, row)
+  if mark and mark.kind == 'tournament':
+    logits_BV = watermark.compete(mark, logits_BV, before_BH)
 
   def noise(seed, nth, position):
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), nth), position)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llm_jax import config as config_lib
-from llm_jax.generate import filters
+from llm_jax.generate import filters, watermark
 from llm_jax.models import layers, transformer
 from llm_jax.models.attention import compute_dtype
 from llm_jax.models.view import View
@@ -42,6 +42,7 @@ class Plan(typing.NamedTuple):
   size: int              # steps at most
   ahead: int = 0         # tokens proposed per step
   draft: config_lib.Model | None = None      # by this model, else by looking them up in the row's own text
+  mark: watermark.Watermark | None = None
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -172,7 +173,7 @@ def first(plan: Plan, model, state, row: filters.Row, slot_R, last_R, length_R, 
   of = lambda name: state[name].at[slot_R].get(mode='clip')
   part = jax.tree.map(lambda x: x.at[slot_R].get(mode='clip'), row)
   token_R = filters.sample(logits_RV, length_R, part, plan.vocab_size, of('count'), of('seen'), of('bias'),
-                           of('allowed'))
+                           of('allowed'), plan.mark, before(plan, of('history'), length_R))
   found = filters.logprobs(logits_RV, token_R, part, plan.vocab_size)
   set_at = lambda name, x: state[name].at[slot_R].set(x, mode='drop')
   add = lambda name, x: state[name].at[slot_R, token_R].add(x, mode='drop')
@@ -181,6 +182,14 @@ def first(plan: Plan, model, state, row: filters.Row, slot_R, last_R, length_R, 
       count=add('count', 1), seen=state['seen'].at[slot_R, token_R].set(True, mode='drop'),
       live=set_at('live', going_on(token_R, length_R, of('stop'), of('end'))))
   return placed(state), everywhere(token_R), everywhere(state['live']), jax.tree.map(everywhere, found)
+
+
+def before(plan: Plan, history_BS, position_B):
+  """The tokens before these positions on which a watermark depends."""
+  if plan.mark is None:
+    return None
+  place_BH = position_B[:, None] - plan.mark.context + jnp.arange(plan.mark.context)[None]
+  return jnp.take_along_axis(history_BS, jnp.maximum(place_BH, 0), 1)
 
 
 # Decoding -------------------------------------------------------------------------------------------------------------
@@ -233,7 +242,7 @@ def decode(plan: Plan, weights, draft_weights, state, row: filters.Row, slot_A, 
     for t in range(1 + ahead):
       new_B = position_B + 1 + t
       token_B = filters.sample(logits_TBV[t], new_B, row, plan.vocab_size, state['count'], state['seen'],
-                               state['bias'], state['allowed'])
+                               state['bias'], state['allowed'], plan.mark, before(plan, state['history'], new_B))
       found = filters.logprobs(logits_TBV[t], token_B, row, plan.vocab_size)
       at_B = jnp.where(alive_B, made_B, C)                                              # dropped where not alive
       made = dict(token=made['token'].at[rows, at_B].set(token_B, mode='drop'),

@@ -4,6 +4,7 @@ PATH: a run directory, a Hugging Face directory, a .gguf file, or hf:org/name. A
 LLM_JAX_API_KEY (several: separated by commas); without one everybody on this machine may ask.
 """
 import contextlib
+import importlib
 import os
 import sys
 
@@ -23,6 +24,12 @@ def parse(args):
   parser.add_argument('--length', type=int, default=2048, help='tokens of prompt and answer at most')
   parser.add_argument('--ahead', type=int, default=0, help="tokens proposed per step, looked up in the row's own text")
   parser.add_argument('--draft', help='a smaller model of the same vocabulary that proposes them')
+  parser.add_argument('--watermark', choices=('green', 'tournament'), help='a mark in every text; see --watermark_key')
+  parser.add_argument('--watermark_key', help="a file with the mark's secret")
+  parser.add_argument('--log', default='', help='a file with a line for each request: hashes of texts, no texts')
+  parser.add_argument('--log_text', action='store_true', help='the texts too')
+  parser.add_argument('--moderate', default='', help='MODULE:FUNCTION, called with a kind (prompt, output) and a text, '
+                      'that returns why it must not pass, or nothing')
   parser.add_argument('--feedback', default='', help='a file to keep what people think of answers (page, /feedback)')
   parser.add_argument('--fsdp', type=int, default=1)
   parser.add_argument('--tensor', type=int, default=1)
@@ -40,6 +47,8 @@ def run(flags) -> None:
   for name, least in dict(slots=1, queue=0, length=16, ahead=0).items():
     if getattr(flags, name) < least:
       raise ConfigError(f'--{name}: expected at least {least}, got {getattr(flags, name)}')
+  if bool(flags.watermark) != bool(flags.watermark_key):
+    raise ConfigError('--watermark and --watermark_key: each needs the other')
   try:
     import uvicorn
 
@@ -50,7 +59,7 @@ def run(flags) -> None:
 
   from llm_jax import api, hardware
   from llm_jax.data import store
-  from llm_jax.generate import engine
+  from llm_jax.generate import engine, watermark
   from llm_jax.serve.worker import Worker
   hardware.keep_programs(store.cache_folder(config_lib.Data()))
   say = lambda text: print(text, file=sys.stderr, flush=True)
@@ -67,7 +76,8 @@ def run(flags) -> None:
       raise ConfigError(f'{flags.model}: an encoder-decoder is not served; use llm_jax.sample')
     made = engine.Engine(model.shape, model.params, slots=flags.slots, length=flags.length,
                          vocab_size=model.tokenizer.vocab_size, ahead=flags.ahead or (4 if draft else 0), draft=draft,
-                         stops=engine.bucket(len(model.tokenizer.stop_ids), 8))
+                         stops=engine.bucket(len(model.tokenizer.stop_ids), 8),
+                         mark=watermark.read(flags.watermark, flags.watermark_key) if flags.watermark else None)
     if not flags.no_warm_up:
       made.warm_up(say)
     mesh = jax.sharding.get_mesh()
@@ -77,7 +87,7 @@ def run(flags) -> None:
   everywhere = flags.host in ('0.0.0.0', '::') and not flags.host_name
   server = app.Server(model, worker, app.Settings(
       name, tuple(filter(None, os.environ.get('LLM_JAX_API_KEY', '').split(','))), () if everywhere else local,
-      feedback=flags.feedback))
+      feedback=flags.feedback, log=flags.log, log_text=flags.log_text, moderate=hook(flags.moderate)))
   worker.start()
   web = Web(uvicorn.Config(server.application(), host=flags.host, port=flags.port, log_level='warning',
                            timeout_graceful_shutdown=30, h11_max_incomplete_event_size=64 << 10, access_log=False,
@@ -86,6 +96,17 @@ def run(flags) -> None:
     web.run()
   worker.stop()
   worker.join(10)
+
+
+def hook(spec: str):
+  """The function that --moderate names, None for ''."""
+  if not spec:
+    return None
+  module, _, name = spec.partition(':')
+  try:
+    return getattr(importlib.import_module(module), name)
+  except (ImportError, AttributeError, ValueError) as e:
+    raise ConfigError(f'--moderate: expected MODULE:FUNCTION, got {spec!r} ({e})') from e
 
 
 def Web(config, server, say):

@@ -10,7 +10,9 @@ import hashlib
 import hmac
 import importlib.resources
 import json
+import os
 import time
+from collections.abc import Callable
 
 import prometheus_client
 from starlette.applications import Starlette
@@ -31,6 +33,7 @@ OPEN = {'/health', '/ready', '/openapi.json', *PAGE}   # without a key: they say
 # The page runs its own files and asks this server alone.
 POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
           "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+MAKING = {'/v1/chat/completions', '/v1/completions'}
 PATIENCE = 1000            # pieces of a stream that may wait for a slow reader
 
 
@@ -41,6 +44,9 @@ class Settings:
   keys: tuple[str, ...] = ()
   hosts: tuple[str, ...] = ()          # of the Host header; () for any
   body: int = 4 << 20                  # bytes of a request at most
+  log: str = ''                        # a file with a line for each request
+  log_text: bool = False               # in which texts stand, not only their hashes
+  moderate: Callable | None = None     # sees every prompt and output; see Server.moderated
   feedback: str = ''                   # a file to keep what people think of answers; '': nothing is kept
 
 
@@ -52,6 +58,7 @@ class Server:
     self.tokenizer, self.shape, self.limit = model.tokenizer, model.shape, worker.engine.limit
     self.grammars = constrain.Grammars(model.tokenizer, model.shape.vocab_size)
     self.scorer = score.Scorer(model.shape, model.params)
+    self.log_key = os.urandom(32)          # hashes tell equal texts of one run apart from others, and nothing else
     self.feedback = feedback.Feedback(settings.feedback) if settings.feedback else None
     self.created, self.draining = int(time.time()), False
     self.registry = prometheus_client.CollectorRegistry()
@@ -111,6 +118,38 @@ class Server:
       raise error from e
     return out
 
+  def moderated(self, kind: str, text: str) -> str:
+    """Why a text must not pass, by the hook that was given: f(kind, text) -> a reason, or ''. kind: 'prompt' or
+    'output'. A hook that fails lets nothing pass."""
+    if self.settings.moderate is None:
+      return ''
+    try:
+      return str(self.settings.moderate(kind, text) or '')
+    except Exception as e:
+      return f'the moderation hook fails ({type(e).__name__})'
+
+  def check_text(self, texts) -> None:
+    for text in texts:
+      if reason := self.moderated('prompt', text):
+        raise ApiError(f'the request was refused: {reason[:200]}', None, code='content_policy_violation')
+
+  def note(self, request: Request, route: str, status: int, start: float, choices=()) -> None:
+    """A line of the log. A prompt and the texts are there as keyed hashes, unless text was asked for."""
+    if not self.settings.log:
+      return
+    digest = lambda text: hmac.new(self.log_key, text.encode('utf-8', 'surrogatepass'), 'sha256').hexdigest()[:32]
+    written = (lambda text: text) if self.settings.log_text else digest
+    key = request.headers.get('authorization', '')
+    row = dict(time=round(time.time(), 3), route=route, status=status, seconds=round(time.perf_counter() - start, 4),
+               model=self.settings.name, key=digest(key)[:8] if key else None)
+    if choices:
+      row |= dict(prompts=[written(self.tokenizer.decode(ids)) for ids in {id(c.request.ids): c.request.ids
+                                                                         for c in choices}.values()],
+                  outputs=[written(c.text) for c in choices], reasons=[c.finish_reason for c in choices],
+                  prompt_tokens=len(choices[0].request.ids), tokens=[len(c.request.tokens) for c in choices])
+    with open(os.open(self.settings.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 'a', encoding='utf-8') as f:
+      f.write(json.dumps(row) + '\n')                  # JSON has no control characters: one line each
+
   async def gather(self, request: Request, choices: list[Choice]) -> list[tuple[str, list, list]]:
     """The whole texts, with their tokens and log-probabilities; all are cancelled where the client has gone."""
     async def whole(choice):
@@ -118,7 +157,7 @@ class Server:
       async for piece in self.timed(choice):
         text, tokens, found = text + piece[0], tokens + piece[1], found + piece[2]
       return text, tokens, found
-    with self.cancelling(choices):
+    with self.cancelling(choices, request):
       tasks = [asyncio.ensure_future(whole(choice)) for choice in choices]
       gone = asyncio.ensure_future(disconnected(request))
       try:
@@ -132,16 +171,24 @@ class Server:
         gone.cancel()
 
   @contextlib.contextmanager
-  def cancelling(self, choices):
-    """Frees the slots of what has not ended when this is left."""
+  def cancelling(self, choices, request: Request):
+    """Frees the slots of what has not ended when this is left, and logs what came of it."""
+    start, status = time.perf_counter(), 200
     try:
       yield
+    except (ClientDisconnect, asyncio.CancelledError, GeneratorExit):
+      status = 499
+      raise
+    except ApiError as e:
+      status = e.status
+      raise
     finally:
       for choice in choices:
         if not choice.request.reason:
           with contextlib.suppress(RuntimeError):
             self.worker.cancel(choice.request)
       self.count(choices)
+      self.note(request, request.url.path, status, start, choices)
 
   def count(self, choices) -> None:
     for kind, n in dict(prompt=sum(len(c.request.ids) for c in choices), cached=sum(c.request.cached for c in choices),
@@ -150,9 +197,13 @@ class Server:
 
   async def timed(self, choice: Choice):
     """Its pieces; how long they took is kept. Raises ApiError where the engine has died."""
-    last, first = time.perf_counter(), True
+    last, first, text = time.perf_counter(), True, ''
     async for piece in choice.pieces():
-      now = time.perf_counter()
+      now, text = time.perf_counter(), text + piece[0]
+      if self.moderated('output', text):
+        choice.refused = True
+        self.worker.cancel(choice.request)
+        return
       if piece[1]:
         histogram = self.first if first else self.between
         histogram.labels(self.settings.name).observe((now - last) / (1 if first else len(piece[1])))
@@ -177,6 +228,7 @@ class Server:
     asked = protocol.chat(body, self.limit)
     if not self.model.chat_template:
       raise ApiError('this model has no chat template; use /v1/completions', 'messages')
+    self.check_text(message['content'] for message in asked.messages)
     try:
       ids = await asyncio.to_thread(chat.encode, self.tokenizer, self.model.chat_template, list(asked.messages),
                                     tools=list(asked.tools) if asked.tools else None, **asked.template)
@@ -186,7 +238,7 @@ class Server:
     choices = self.choices([ids], asked, salt_of(request))
     head = protocol.head('chat.completion', self.settings.name)
     if asked.stream:
-      return stream(self.chat_events(head | dict(object='chat.completion.chunk'), asked, choices))
+      return stream(self.chat_events(request, head | dict(object='chat.completion.chunk'), asked, choices))
     out = []
     for i, (text, tokens, found) in enumerate(await self.gather(request, choices)):
       choice = dict(index=i, message=dict(role='assistant', content=text, refusal=None),
@@ -196,10 +248,10 @@ class Server:
       out.append(choice)
     return JSONResponse(head | dict(choices=out, usage=usage(choices)))
 
-  async def chat_events(self, head, asked, choices):
+  async def chat_events(self, request, head, asked, choices):
     for i in range(len(choices)):
       yield head | dict(choices=[dict(index=i, delta=dict(role='assistant', content=''), finish_reason=None)])
-    async for i, (text, tokens, found) in self.merged(choices):
+    async for i, (text, tokens, found) in self.merged(request, choices):
       if text is None:
         yield head | dict(choices=[dict(index=i, delta={}, finish_reason=choices[i].finish_reason)])
       elif text or found:
@@ -217,6 +269,7 @@ class Server:
     texts = [p for p in asked.prompts if isinstance(p, str)]
     encoded = iter(await asyncio.to_thread(self.encode, texts))
     prompts = [next(encoded) if isinstance(p, str) else list(p) for p in asked.prompts]
+    self.check_text(p if isinstance(p, str) else self.tokenizer.decode(p) for p in asked.prompts)
     for ids in prompts:
       self.check_prompt(ids[:-1] if asked.score_only else ids, asked.options, 'prompt')
     head = protocol.head('text_completion', self.settings.name)
@@ -227,7 +280,7 @@ class Server:
       return JSONResponse(head | dict(choices=out, usage=protocol.usage(sum(map(len, prompts)), 0, 0)))
     choices = self.choices(prompts, asked, salt_of(request))
     if asked.stream:
-      return stream(self.completion_events(head, asked, choices, prompts, scores))
+      return stream(self.completion_events(request, head, asked, choices, prompts, scores))
     out = [self.echoed(i // asked.options.n, asked, prompts, scores, *made, choices[i].finish_reason) | dict(index=i)
            for i, made in enumerate(await self.gather(request, choices))]
     return JSONResponse(head | dict(choices=out, usage=usage(choices)))
@@ -243,14 +296,14 @@ class Server:
       logprobs = protocol.completion_logprobs(self.tokenizer, [*ids, *tokens], found)
     return dict(text=before + text, finish_reason=reason, logprobs=logprobs)
 
-  async def completion_events(self, head, asked, choices, prompts, scores):
+  async def completion_events(self, request, head, asked, choices, prompts, scores):
     n, offset = asked.options.n, [0] * len(choices)
     if asked.echo:
       for i in range(len(choices)):
         echo = self.echoed(i // n, asked, prompts, scores, '', [], [], None)
         offset[i] = len(echo['text'])
         yield head | dict(choices=[echo | dict(index=i)])
-    async for i, (text, tokens, found) in self.merged(choices):
+    async for i, (text, tokens, found) in self.merged(request, choices):
       choice = dict(index=i, text=text or '', finish_reason=choices[i].finish_reason if text is None else None,
                     logprobs=None)
       if asked.options.logprobs is not None and tokens:
@@ -261,7 +314,7 @@ class Server:
     if asked.usage:
       yield head | dict(choices=[], usage=usage(choices))
 
-  async def merged(self, choices):
+  async def merged(self, request, choices):
     """(index, piece) of several texts as they come; (None, [], []) ends each."""
     queue: asyncio.Queue = asyncio.Queue(PATIENCE)
     async def pump(i, choice):
@@ -271,7 +324,7 @@ class Server:
         await queue.put((i, (None, [], [])))
       except ApiError as e:
         await queue.put((i, e))
-    with self.cancelling(choices):
+    with self.cancelling(choices, request):
       tasks = [asyncio.ensure_future(pump(i, choice)) for i, choice in enumerate(choices)]
       left = len(choices)
       try:
@@ -310,6 +363,7 @@ class Server:
       raise ApiError(f'input: expected a text or up to {protocol.MOST["prompts"]} texts', 'input')
     if form not in ('float', 'base64'):
       raise ApiError("encoding_format: expected 'float' or 'base64'", 'encoding_format')
+    self.check_text(given)
     prompts = self.encode(given)
     for ids in prompts:
       self.check_prompt(ids, Options(), 'input')
@@ -416,7 +470,7 @@ class Server:
   def guarded(self, path, f):
     """A route that checks host and key, and turns errors into answers."""
     async def call(request: Request):
-      status = 500
+      status, start = 500, time.perf_counter()
       try:
         self.check_access(request, path)
         response = await f(request)
@@ -430,6 +484,8 @@ class Server:
         return Response(status_code=499)
       finally:
         self.requests.labels(self.settings.name, path, str(status)).inc()
+        if status >= 400 or path not in MAKING:      # what makes texts is logged when they are made
+          self.note(request, path, status, start)
     return call
 
   def check_access(self, request: Request, path: str) -> None:

@@ -25,6 +25,7 @@ class Choice:
     self.request = engine_lib.Request(ids, options, watch=self._watch, ended=self._ended, **keys)
     self._stream = TextStream(tokenizer, ids, options.stop)
     self._stops = options.stop_ids or ()
+    self.refused = False                               # by a moderation hook
     self._loop, self._pieces, self._sent = asyncio.get_running_loop(), asyncio.Queue(), 0
 
   def _watch(self, tokens):
@@ -52,7 +53,11 @@ class Choice:
 
   @property
   def finish_reason(self) -> str:
-    return self.request.reason
+    return 'content_filter' if self.refused else self.request.reason
+
+  @property
+  def text(self) -> str:
+    return self._stream.text
 
 
 class Worker(threading.Thread):
