@@ -10,7 +10,7 @@ import numpy as np
 from llm_jax import config as config_lib
 from llm_jax import sharding
 from llm_jax.config import ConfigError
-from llm_jax.generate import engine, sampling
+from llm_jax.generate import beam, engine, sampling
 from llm_jax.interop import load as interop
 from llm_jax.models import transformer
 
@@ -37,6 +37,14 @@ class Model:
     results = sampling.generate(self.shape, self.params, self.tokenizer, prompts, max_tokens=max_tokens,
                                 temperature=temperature, **options)
     return [result.text for result in results]
+
+  def beam_search(self, prompt: str, beams: int = 4, max_tokens: int = 64, length_penalty: float = 1.0) -> list[tuple]:
+    """[(text, score), ...]: the likeliest continuations found, the best first; see generate/beam.py."""
+    ids, = sampling.encode(self.shape, self.tokenizer, [prompt])
+    stops = self.tokenizer.stop_ids
+    found = beam.search(self.shape, self.params, ids, beams=beams, max_tokens=max_tokens, stop_ids=stops,
+                        length_penalty=length_penalty, vocab_size=self.tokenizer.vocab_size)
+    return [(self.tokenizer.decode([t for t in tokens if t not in stops]), score) for tokens, score in found]
 
   def attention(self, token_BT) -> jax.Array:
     """Attention weights float32 [L, B, N, T, S]: how much query position t of each head reads from position s."""

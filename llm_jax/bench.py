@@ -2,6 +2,8 @@
 
   python -m llm_jax.bench train [--peer=torch] [--layers=6 --width=384 --length=256 --batch=16] [--rounds=7]
   python -m llm_jax.bench save [--mb=400] [--rounds=7]        checkpoints, beside Orbax alone
+  python -m llm_jax.bench decode --model=PATH [--peer=torch] [--streams=32] [--new=64]   one stream and many, beside a
+                                                              sweep over the weights, and transformers
 
 Rounds alternate between ours and the peer's, so that a machine whose speed drifts slows both; medians are printed.
 Results that were kept are in docs/benchmarks.md. The peer needs the `parity` extra.
@@ -222,6 +224,102 @@ def save(flags) -> None:
           f'{statistics.median(read[False]):.3f} s')
 
 
+def decode(flags) -> None:
+  """Prints tokens per second of one stream and of many, of a bare sweep over the same weights (what reading them once a
+  token allows), and of transformers' generate."""
+  import jax
+
+  from llm_jax.generate import engine
+  from llm_jax.generate.options import Options
+  from llm_jax.interop import load
+  if not flags.model:
+    raise ConfigError('--model: expected the path of a model to decode with')
+  found = load.load(flags.model, dtype=None if flags.dtype == 'auto' else flags.dtype)
+  prompt = found.tokenizer.encode('The capital of France is').tolist()
+
+  def streams(n, ahead=0):
+    made = engine.Engine(found.shape, found.params, slots=n, vocab_size=found.tokenizer.vocab_size, ahead=ahead,
+                         length=min(found.shape.max_length, 512))
+    def run():
+      requests = [engine.Request(prompt, Options(max_tokens=flags.new), salt=str(i)) for i in range(n)]
+      start = time.perf_counter()
+      for request in requests:
+        made.submit(request)
+      made.run()
+      return sum(len(request.tokens) for request in requests) / (time.perf_counter() - start)
+    return made, run
+
+  made, one = streams(1)
+  runs = {'sweep': sweep(made, flags.new), 'llm_jax': one}
+  runs[f'llm_jax, {flags.streams} streams'] = streams(flags.streams)[1]
+  if flags.peer == 'torch':
+    runs |= torch_generate(found, prompt, flags.new)
+  for run in runs.values():
+    run(), run()
+  rates = {name: [] for name in runs}
+  for _ in range(flags.rounds):
+    for name, run in runs.items():
+      rates[name].append(run())
+  print(f'decode {os.path.basename(flags.model)}, {flags.new} tokens after {len(prompt)}, {found.shape.dtype}, '
+        f'{flags.rounds} rounds, medians; {hardware()}, jax {jax.__version__}')
+  for name, rate in rates.items():
+    ratio = statistics.median(ours / this for ours, this in zip(rates['llm_jax'], rate))
+    print(f'{name:>24}  {statistics.median(rate):>8.1f} tok/s  one stream/this {ratio:.2f}x')
+
+
+def sweep(made, tokens: int):
+  """A function that multiplies a vector with every matrix of the model, as often as there are tokens, and returns how
+  often a second."""
+  import jax
+  import jax.numpy as jnp
+
+  from llm_jax.models import layers
+  model, blocks = made.weights
+  names = ('w_q', 'w_k', 'w_v', 'w_o', 'w_up', 'w_gate', 'w_down')
+  flat = [(str(path), x) for block in blocks for path, x in jax.tree_util.tree_leaves_with_path(block)]
+  matrices = [x.reshape(-1, x.shape[-1]) if 'w_o' in path else x.reshape(x.shape[0], -1) for path, x in flat
+              if x.ndim > 1 and any(name in path for name in names)]
+  matrices.append(model.unembed_DV[...] if hasattr(model, 'unembed_DV') else model.embed_VD[...].T)
+
+  def run(matrices):
+    def token(_, s):
+      for w in matrices:
+        s = 1 + 1e-9 * layers.settle(layers.settle(jnp.full((1, w.shape[0]), s, w.dtype)) @ w).max()
+      return s.astype(jnp.float32)
+    return jax.lax.fori_loop(0, tokens, token, jnp.float32(1))
+  compiled = jax.jit(run, compiler_options=layers.compiler_options()).lower(matrices).compile()
+
+  def rate():
+    start = time.perf_counter()
+    compiled(matrices).block_until_ready()
+    return tokens / (time.perf_counter() - start)
+  return rate
+
+
+def torch_generate(found, prompt, tokens: int) -> dict:
+  """{name: tokens per second} of transformers with the same weights, in float32 and bfloat16."""
+  try:
+    import torch
+    import transformers
+  except ImportError as e:
+    raise ConfigError("--peer=torch needs torch and transformers; pip install -e '.[parity]'") from e
+  from llm_jax.interop import save
+  transformers.utils.logging.set_verbosity_error()
+  with tempfile.TemporaryDirectory() as folder:
+    save.to_hf(found, pathlib.Path(folder) / 'x', 'float32')
+    models = {dtype: transformers.AutoModelForCausalLM.from_pretrained(
+        pathlib.Path(folder) / 'x', dtype=getattr(torch, dtype)).eval() for dtype in ('float32', 'bfloat16')}
+  ids = torch.tensor([prompt])
+
+  def run(model):
+    start = time.perf_counter()
+    with torch.no_grad():
+      out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens,
+                           do_sample=False, pad_token_id=0)
+    return (out.shape[1] - ids.shape[1]) / (time.perf_counter() - start)
+  return {f'transformers, {dtype}': lambda model=model: run(model) for dtype, model in models.items()}
+
+
 def hardware() -> str:
   """The device and host in a few words."""
   import jax
@@ -231,19 +329,22 @@ def hardware() -> str:
 
 def main(argv: list[str]) -> None:
   parser = config_lib.Parser('llm_jax.bench', __doc__)
-  parser.add_argument('what', choices=('train', 'save'))
+  parser.add_argument('what', choices=('train', 'save', 'decode'))
   parser.add_argument('--peer', choices=('none', 'torch'), default='none')
   parser.add_argument('--compiled', action='store_true', help='also torch.compile (slow to start)')
+  parser.add_argument('--model', help='that decode runs')
+  parser.add_argument('--streams', type=int, default=32, help='of decode, at the same time')
+  parser.add_argument('--new', type=int, default=64, help='tokens that decode makes')
   parser.add_argument('--mb', type=int, default=400, help='of the state that save writes')
   parser.add_argument('--dtype', default='auto', choices=('auto', 'float32', 'bfloat16'))
   for name, value in SIZES.items():
     parser.add_argument(f'--{name}', type=int, default=value)
   with config_lib.one_line_errors('--debug' in argv):
     flags = parser.parse_args(argv)
-    for name in ('mb', *SIZES):
+    for name in ('mb', 'streams', 'new', *SIZES):
       if getattr(flags, name) <= 0:
         raise ConfigError(f'--{name}: expected a positive number, got {getattr(flags, name)}')
-    dict(train=train, save=save)[flags.what](flags)
+    dict(train=train, save=save, decode=decode)[flags.what](flags)
 
 
 if __name__ == '__main__':

@@ -4,6 +4,7 @@ import argparse
 import jax
 import numpy as np
 import pytest
+import serving
 
 from llm_jax import bench
 from llm_jax.models import transformer
@@ -22,6 +23,16 @@ def test_a_save_beside_orbax_alone(capsys):
   bench.main(['save', '--mb=50', '--rounds=1'])
   out = capsys.readouterr().out
   assert 'save 50 MB, 1 rounds' in out and out.count('ours/orbax') == 2 and 'restore, verified' in out
+
+
+def test_decoding_beside_a_sweep_and_the_peer(capsys, tmp_path):
+  pytest.importorskip('transformers', reason="the peer needs pip install -e '.[parity]'")
+  model = serving.make_model(tmp_path)
+  bench.main(['decode', f'--model={model}', '--peer=torch', '--streams=3', '--new=4', '--rounds=1'])
+  out = capsys.readouterr().out
+  for name in ('sweep', 'llm_jax', 'llm_jax, 3 streams', 'transformers, float32', 'transformers, bfloat16'):
+    assert f' {name}  ' in out, out
+  assert out.count('tok/s') == 5
 
 
 def test_the_peer_is_in_the_same_table(capsys):
