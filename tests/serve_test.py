@@ -202,10 +202,11 @@ def test_S5_grammars_that_explode_are_refused_or_bounded(server, body):
   alive(server)
 
 
-def test_S6_clients_that_leave_free_their_slots(server):
+@pytest.mark.parametrize('clients', [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_S6_clients_that_leave_free_their_slots(server, clients):
   """Streaming and not: then one request is answered at once."""
   host, port = server[0].removeprefix('http://').split(':')
-  for i in range(20):
+  for i in range(clients):
     body = json.dumps(dict(prompt='x', max_tokens=250, stream=i % 2 == 0, temperature=1.0, seed=i)).encode()
     with socket.create_connection((host, int(port))) as s:
       s.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s' % (len(body), body))
@@ -357,6 +358,29 @@ def test_S8_S20_a_dead_engine_is_told_to_all(model, tmp_path):
     with pytest.raises(openai.APIStatusError) as e:
       c.completions.create(model='tiny', prompt='x', max_tokens=3)
     assert e.value.status_code == 503
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_2000_requests(model, tmp_path):
+  env = dict(XDG_CACHE_HOME=str(tmp_path))
+  with serving.serve(model, '--slots=4', '--queue=64', '--length=128', env=env) as (process, address, _):
+    def resident():
+      lines = open(f'/proc/{process.pid}/status').read().splitlines()
+      return int(next(line for line in lines if line.startswith('VmRSS')).split()[1]) / 1024
+
+    async def many(first, n):
+      async with httpx.AsyncClient(base_url=address, timeout=60) as c:
+        gate = asyncio.Semaphore(16)
+        async def ask(i):
+          async with gate:
+            body = dict(prompt=f'{i} ' * (i % 30 + 1), max_tokens=i % 20 + 1, temperature=1.0, stream=i % 3 == 0)
+            return (await c.post('/v1/completions', json=body)).status_code
+        return await asyncio.gather(*(ask(i) for i in range(first, first + n)))
+    assert set(asyncio.run(many(0, 500))) == {200}
+    before = resident()
+    assert set(asyncio.run(many(500, 2000))) == {200}
+    print(f'{before:.0f} MB after 500 requests, {resident():.0f} MB after 2,500')
+    assert resident() < before + 30
 
 
 # Oversight ------------------------------------------------------------------------------------------------------------
