@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import typing
+import warnings
 
 import jax
 from etils import epath
@@ -403,6 +404,7 @@ def _orbax():
   if _not_orbax not in logger.filters:
     logger.addFilter(_not_orbax)
     logging.getLogger('asyncio').addFilter(lambda record: 'exception was never retrieved' not in record.getMessage())
+    warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)       # of writes given up
   return ocp
 
 
