@@ -5,6 +5,8 @@
   python -m llm_jax.bench decode --model=PATH [--peer=torch] [--streams=32] [--new=64]   one stream and many, beside a
                                                               sweep over the weights, and transformers
 
+  python -m llm_jax.bench serve --model=PATH [--streams=8] [--new=64]     a server under load: first and further tokens
+
 Rounds alternate between ours and the peer's, so that a machine whose speed drifts slows both; medians are printed.
 Results that were kept are in docs/benchmarks.md. The peer needs the `parity` extra.
 """
@@ -267,6 +269,67 @@ def decode(flags) -> None:
     print(f'{name:>24}  {statistics.median(rate):>8.1f} tok/s  one stream/this {ratio:.2f}x')
 
 
+def serve(flags) -> None:
+  """Starts a server and prints how long its clients wait for the first token and between tokens, one alone and many at
+  the same time: medians and the slowest hundredth."""
+  import re
+  import subprocess
+  if not flags.model:
+    raise ConfigError('--model: expected the path of a model to serve')
+  command = [sys.executable, '-m', 'llm_jax.serve', f'--model={flags.model}', '--port=0', f'--slots={flags.streams}',
+             '--length=512', f'--queue={flags.streams}']
+  server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+  try:
+    found = next((m for line in server.stderr if (m := re.search(r'at http://(.*):(\d+)', line))), None)
+    if found is None:
+      raise ConfigError(f'the server did not start; try {" ".join(command)}')
+    print(f'serve {os.path.basename(flags.model)}, {flags.new} tokens after about 100, {flags.rounds} requests a '
+          f'stream; {hardware()}')
+    for n in (1, flags.streams):
+      first, between, rate = _load(found.group(1), int(found.group(2)), n, flags.rounds, flags.new)
+      of = lambda times: f'{1e3 * statistics.median(times):.0f} / {1e3 * sorted(times)[int(0.99 * len(times))]:.0f} ms'
+      print(f'{n:>6} stream(s)  {rate:>7.1f} tok/s  first token {of(first)}  between tokens {of(between)} (p50 / p99)')
+  finally:
+    server.terminate()
+    server.wait(60)
+
+
+def _load(host: str, port: int, streams: int, rounds: int, tokens: int) -> tuple[list[float], list[float], float]:
+  """(seconds to each first token, seconds per further token, tokens per second) of so many clients, each with several
+  requests one after the other."""
+  import concurrent.futures
+  import http.client
+  import json
+
+  def client(i):
+    first, between = [], []
+    for r in range(rounds):
+      body = dict(prompt=f'Request {r} of client {i}: ' + 'tell me more. ' * 22, max_tokens=tokens, stream=True, seed=r,
+                  logit_bias={'2': -100}, logprobs=0)
+      connection = http.client.HTTPConnection(host, port, timeout=300)
+      start = last = time.perf_counter()
+      connection.request('POST', '/v1/completions', json.dumps(body))
+      made = 0
+      for line in connection.getresponse():
+        if not line.startswith(b'data: {'):
+          continue
+        logprobs = json.loads(line[6:])['choices'][0].get('logprobs')
+        if n := len(logprobs['tokens']) if logprobs else 0:
+          now = time.perf_counter()
+          if not made:
+            first.append(now - start)
+          elif n:
+            between.append((now - last) / n)
+          last, made = now, made + n
+      connection.close()
+    return first, between
+  start = time.perf_counter()
+  with concurrent.futures.ThreadPoolExecutor(streams) as pool:
+    found = list(pool.map(client, range(streams)))
+  seconds = time.perf_counter() - start
+  return [x for f, _ in found for x in f], [x for _, b in found for x in b], streams * rounds * tokens / seconds
+
+
 def sweep(made, tokens: int):
   """A function that multiplies a vector with every matrix of the model, as often as there are tokens, and returns how
   often a second."""
@@ -329,12 +392,12 @@ def hardware() -> str:
 
 def main(argv: list[str]) -> None:
   parser = config_lib.Parser('llm_jax.bench', __doc__)
-  parser.add_argument('what', choices=('train', 'save', 'decode'))
+  parser.add_argument('what', choices=('train', 'save', 'decode', 'serve'))
   parser.add_argument('--peer', choices=('none', 'torch'), default='none')
   parser.add_argument('--compiled', action='store_true', help='also torch.compile (slow to start)')
-  parser.add_argument('--model', help='that decode runs')
-  parser.add_argument('--streams', type=int, default=32, help='of decode, at the same time')
-  parser.add_argument('--new', type=int, default=64, help='tokens that decode makes')
+  parser.add_argument('--model', help='that decode and serve run')
+  parser.add_argument('--streams', type=int, default=32, help='of decode and serve, at the same time')
+  parser.add_argument('--new', type=int, default=64, help='tokens that decode and serve make')
   parser.add_argument('--mb', type=int, default=400, help='of the state that save writes')
   parser.add_argument('--dtype', default='auto', choices=('auto', 'float32', 'bfloat16'))
   for name, value in SIZES.items():
@@ -344,7 +407,7 @@ def main(argv: list[str]) -> None:
     for name in ('mb', 'streams', 'new', *SIZES):
       if getattr(flags, name) <= 0:
         raise ConfigError(f'--{name}: expected a positive number, got {getattr(flags, name)}')
-    dict(train=train, save=save, decode=decode)[flags.what](flags)
+    dict(train=train, save=save, decode=decode, serve=serve)[flags.what](flags)
 
 
 if __name__ == '__main__':

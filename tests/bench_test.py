@@ -35,6 +35,16 @@ def test_decoding_beside_a_sweep_and_the_peer(capsys, tmp_path):
   assert out.count('tok/s') == 5
 
 
+def test_a_server_under_load(capsys, tmp_path, monkeypatch):
+  pytest.importorskip('uvicorn', reason="serving needs pip install '.[serve]'")
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  monkeypatch.setenv('XLA_FLAGS', '--xla_backend_optimization_level=0')
+  model = serving.make_model(tmp_path / 'm', length=512)
+  bench.main(['serve', f'--model={model}', '--streams=2', '--new=4', '--rounds=2'])
+  out = capsys.readouterr().out
+  assert out.count('first token') == 2 and ' 1 stream(s)' in out and ' 2 stream(s)' in out and out.count(' ms') == 4
+
+
 def test_the_peer_is_in_the_same_table(capsys):
   pytest.importorskip('torch', reason="the peer needs pip install -e '.[parity]'")
   bench.main([*FLAGS, '--peer=torch'])

@@ -76,6 +76,28 @@ def test_a_draft_model_changes_nothing_but_the_steps(params):
         assert len(steps) <= 3 * (1 + -(-options.max_tokens // 4))
 
 
+def test_proposals_leave_the_distribution_as_it_is():
+  """Pairs of tokens over 3,000 seeds, with a draft that mostly errs: as often as the model says (chi-square)."""
+  from llm_jax.models import transformer
+  cfg = tiny.model(layers=1, max_length=64, vocab_size=6, tied_embeddings=False)
+  params = jax.tree.map(lambda x: 0.3 * x, tiny.params(cfg, seed=2))
+  e = engine.Engine(cfg, params, slots=64, ahead=2, draft=(cfg, tiny.params(cfg, seed=7)))
+  n, prompt = 3000, [1, 2, 3]
+  requests = [engine.Request(prompt, Options(max_tokens=2, temperature=1.0, seed=i)) for i in range(n)]
+  for request in requests:
+    e.submit(request)
+  e.run()
+  rows = np.array([[*prompt, a, 0] for a in range(6)], np.int32)
+  logits = np.asarray(transformer.logits(cfg, params, rows)).astype(np.float64)
+  p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  expected = n * p[0, 2][:, None] * p[np.arange(6), 3]
+  found = np.zeros((6, 6))
+  for request in requests:
+    found[tuple(request.tokens)] += 1
+  chi = ((found - expected)**2 / expected).sum()
+  assert expected.min() > 5 and chi < 66.6                 # 35 degrees of freedom, 0.1%
+
+
 def test_a_prompt_that_begins_alike_starts_from_the_cache(params):
   """In the slot it was in, or a copy; only with the same salt; and with the same tokens as without."""
   e = made(params)

@@ -196,6 +196,20 @@ def test_ranked_filters_keep_what_their_definitions_say(seed, k, p):
   assert set(np.flatnonzero(kept)) == set(order[(before < p) | (p == 1)])
 
 
+@hundred
+@hypothesis.given(st.integers(0, 2**32 - 1), st.sampled_from([0.05, 0.3, 0.9]))
+def test_typical_keeps_what_its_definition_says(seed, p):
+  """The tokens whose surprise is nearest to the entropy, until they have the share."""
+  logits = np.random.default_rng(seed).normal(0, 3, 10)
+  kept = np.asarray(KEEP(jnp.asarray(logits, jnp.float32)[None], rows_for(1, typical_p=p)))[0] > -np.inf
+  chances = np.exp(logits) / np.exp(logits).sum()
+  distance = np.abs(-np.log(chances) + (chances * np.log(chances)).sum())
+  order = np.argsort(distance)
+  before = np.concatenate([[0], np.cumsum(chances[order])[:-1]])
+  hypothesis.assume(np.abs(before - p).min() > 1e-5 and np.diff(np.sort(distance)).min() > 1e-5)
+  assert set(np.flatnonzero(kept)) == set(order[before < p])
+
+
 def test_samples_follow_the_distribution_after_temperature_and_min_p():
   B, logits = 4000, np.array([2.0, 1.5, 0.3, -1.0, 9.0], np.float32)
   draw = lambda **options: np.bincount(sample(jnp.tile(logits, (B, 1)), rows_for(B, **options), vocab_size=4),

@@ -20,7 +20,7 @@ TEMPLATE = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['co
 SPECIAL = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
 
 
-def make_model(folder, layers=1):
+def make_model(folder, layers=1, length=256):
   """A Hugging Face directory: bytes and three special tokens, random weights, ChatML."""
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
   made = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
@@ -30,7 +30,7 @@ def make_model(folder, layers=1):
   (folder / 't/tokenizer.json').write_text(made.to_str())
   (folder / 't/tokenizer_config.json').write_text(json.dumps(dict(eos_token='<|im_end|>', bos_token='<|endoftext|>')))
   shape = config_lib.derive(config_lib.Model(vocab_size=264, layers=layers, width=32, heads=4, kv_heads=2, mlp_dim=48,
-                                             max_length=256, mlp='swiglu', embedding_init=0.5))
+                                             max_length=length, mlp='swiglu', embedding_init=0.5))
   params = jax.jit(lambda: transformer.init(shape, jax.random.key(0)))()
   tokenizer = vocabulary.from_folder(folder / 't')
   save.to_hf(load.Loaded(load.config_of(shape, None), tokenizer, TEMPLATE, 'llama', 'float32', 'made', params),

@@ -10,7 +10,6 @@ import hashlib
 import hmac
 import importlib.resources
 import json
-import os
 import time
 from collections.abc import Callable
 
@@ -23,7 +22,7 @@ from starlette.routing import Route
 from llm_jax.config import ConfigError
 from llm_jax.generate import chat, constrain, engine
 from llm_jax.generate.options import Options
-from llm_jax.serve import feedback, openapi, protocol, score
+from llm_jax.serve import feedback, openapi, oversight, protocol, score
 from llm_jax.serve.protocol import ApiError
 from llm_jax.serve.worker import Choice, Full, Worker
 
@@ -46,7 +45,7 @@ class Settings:
   body: int = 4 << 20                  # bytes of a request at most
   log: str = ''                        # a file with a line for each request
   log_text: bool = False               # in which texts stand, not only their hashes
-  moderate: Callable | None = None     # sees every prompt and output; see Server.moderated
+  moderate: Callable | None = None     # sees every prompt and output; see oversight.py
   feedback: str = ''                   # a file to keep what people think of answers; '': nothing is kept
 
 
@@ -58,7 +57,8 @@ class Server:
     self.tokenizer, self.shape, self.limit = model.tokenizer, model.shape, worker.engine.limit
     self.grammars = constrain.Grammars(model.tokenizer, model.shape.vocab_size)
     self.scorer = score.Scorer(model.shape, model.params)
-    self.log_key = os.urandom(32)          # hashes tell equal texts of one run apart from others, and nothing else
+    self.oversight = oversight.Oversight(settings.name, self.tokenizer, settings.log, settings.log_text,
+                                         settings.moderate)
     self.feedback = feedback.Feedback(settings.feedback) if settings.feedback else None
     self.created, self.draining = int(time.time()), False
     self.registry = prometheus_client.CollectorRegistry()
@@ -118,38 +118,6 @@ class Server:
       raise error from e
     return out
 
-  def moderated(self, kind: str, text: str) -> str:
-    """Why a text must not pass, by the hook that was given: f(kind, text) -> a reason, or ''. kind: 'prompt' or
-    'output'. A hook that fails lets nothing pass."""
-    if self.settings.moderate is None:
-      return ''
-    try:
-      return str(self.settings.moderate(kind, text) or '')
-    except Exception as e:
-      return f'the moderation hook fails ({type(e).__name__})'
-
-  def check_text(self, texts) -> None:
-    for text in texts:
-      if reason := self.moderated('prompt', text):
-        raise ApiError(f'the request was refused: {reason[:200]}', None, code='content_policy_violation')
-
-  def note(self, request: Request, route: str, status: int, start: float, choices=()) -> None:
-    """A line of the log. A prompt and the texts are there as keyed hashes, unless text was asked for."""
-    if not self.settings.log:
-      return
-    digest = lambda text: hmac.new(self.log_key, text.encode('utf-8', 'surrogatepass'), 'sha256').hexdigest()[:32]
-    written = (lambda text: text) if self.settings.log_text else digest
-    key = request.headers.get('authorization', '')
-    row = dict(time=round(time.time(), 3), route=route, status=status, seconds=round(time.perf_counter() - start, 4),
-               model=self.settings.name, key=digest(key)[:8] if key else None)
-    if choices:
-      row |= dict(prompts=[written(self.tokenizer.decode(ids)) for ids in {id(c.request.ids): c.request.ids
-                                                                         for c in choices}.values()],
-                  outputs=[written(c.text) for c in choices], reasons=[c.finish_reason for c in choices],
-                  prompt_tokens=len(choices[0].request.ids), tokens=[len(c.request.tokens) for c in choices])
-    with open(os.open(self.settings.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 'a', encoding='utf-8') as f:
-      f.write(json.dumps(row) + '\n')                  # JSON has no control characters: one line each
-
   async def gather(self, request: Request, choices: list[Choice]) -> list[tuple[str, list, list]]:
     """The whole texts, with their tokens and log-probabilities; all are cancelled where the client has gone."""
     async def whole(choice):
@@ -188,7 +156,7 @@ class Server:
           with contextlib.suppress(RuntimeError):
             self.worker.cancel(choice.request)
       self.count(choices)
-      self.note(request, request.url.path, status, start, choices)
+      self.oversight.note(request, request.url.path, status, start, choices)
 
   def count(self, choices) -> None:
     for kind, n in dict(prompt=sum(len(c.request.ids) for c in choices), cached=sum(c.request.cached for c in choices),
@@ -200,7 +168,7 @@ class Server:
     last, first, text = time.perf_counter(), True, ''
     async for piece in choice.pieces():
       now, text = time.perf_counter(), text + piece[0]
-      if self.moderated('output', text):
+      if self.oversight.refusal('output', text):
         choice.refused = True
         self.worker.cancel(choice.request)
         return
@@ -228,7 +196,7 @@ class Server:
     asked = protocol.chat(body, self.limit)
     if not self.model.chat_template:
       raise ApiError('this model has no chat template; use /v1/completions', 'messages')
-    self.check_text(message['content'] for message in asked.messages)
+    self.oversight.check(message['content'] for message in asked.messages)
     try:
       ids = await asyncio.to_thread(chat.encode, self.tokenizer, self.model.chat_template, list(asked.messages),
                                     tools=list(asked.tools) if asked.tools else None, **asked.template)
@@ -269,7 +237,7 @@ class Server:
     texts = [p for p in asked.prompts if isinstance(p, str)]
     encoded = iter(await asyncio.to_thread(self.encode, texts))
     prompts = [next(encoded) if isinstance(p, str) else list(p) for p in asked.prompts]
-    self.check_text(p if isinstance(p, str) else self.tokenizer.decode(p) for p in asked.prompts)
+    self.oversight.check(p if isinstance(p, str) else self.tokenizer.decode(p) for p in asked.prompts)
     for ids in prompts:
       self.check_prompt(ids[:-1] if asked.score_only else ids, asked.options, 'prompt')
     head = protocol.head('text_completion', self.settings.name)
@@ -363,7 +331,7 @@ class Server:
       raise ApiError(f'input: expected a text or up to {protocol.MOST["prompts"]} texts', 'input')
     if form not in ('float', 'base64'):
       raise ApiError("encoding_format: expected 'float' or 'base64'", 'encoding_format')
-    self.check_text(given)
+    self.oversight.check(given)
     prompts = self.encode(given)
     for ids in prompts:
       self.check_prompt(ids, Options(), 'input')
@@ -485,7 +453,7 @@ class Server:
       finally:
         self.requests.labels(self.settings.name, path, str(status)).inc()
         if status >= 400 or path not in MAKING:      # what makes texts is logged when they are made
-          self.note(request, path, status, start)
+          self.oversight.note(request, path, status, start)
     return call
 
   def check_access(self, request: Request, path: str) -> None:
