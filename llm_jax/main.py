@@ -1,7 +1,7 @@
 """Trains what a config says: python -m llm_jax.main --config=configs/base.py [--config.group.key=value ...]
 
 --config=FILE[:ARG]      the config file, and the argument of its get_config
---config.GROUP.KEY=V     overrides one key; --config.model=llama3_8b takes a published shape
+--config.GROUP.KEY=V     overrides one key; --config.model=llama3_8b takes a published shape, =PATH that of a model
 --workdir=DIR            where the run lives: a folder (default runs/<config name>), gs://... or s3://...; an
                          existing run is resumed
 --debug                  full tracebacks
