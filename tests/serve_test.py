@@ -181,6 +181,10 @@ def test_S3_a_wrong_field_is_named(server, change, param):
   assert error(post(server, '/v1/completions', dict(prompt='x', max_tokens=1) | change))['param'] == param
 
 
+def test_S3_more_texts_than_there_can_be(server):
+  assert error(post(server, '/v1/completions', dict(prompt=['x'] * 4, n=2, max_tokens=1)))['param'] == 'n'
+
+
 def test_S3_numbers_that_are_no_json(server):
   assert 'NaN' in error(post(server, '/v1/completions', b'{"prompt": "x", "temperature": NaN}'))['message']
 

@@ -102,6 +102,10 @@ class Server:
     if self.worker.error or self.draining:
       raise ApiError('the server is going down; try another' if self.draining else 'the engine has stopped', None, 503,
                      'server_error')
+    most = self.worker.queue + len(self.worker.engine.slots)
+    if len(prompts) * asked.options.n > most:
+      raise ApiError(f'n: {len(prompts)} prompts with n={asked.options.n} are more than the {most} texts that this '
+                     'server takes at once', 'n')
     out = []
     for ids in prompts:
       for nth in range(asked.options.n):
