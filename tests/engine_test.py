@@ -124,6 +124,18 @@ def test_what_was_generated_is_in_the_cache_too(params):
   assert second.tokens == alone(params, turn, DRAWN)
 
 
+def test_what_another_is_still_saying_is_shared_but_for_its_newest_token(params):
+  e = made(params, size=4)
+  first, = submit(e, [PROMPTS[1]], dataclasses.replace(DRAWN, max_tokens=60))
+  for _ in range(3):
+    e.step()
+  said = PROMPTS[1] + first.tokens
+  second, = submit(e, [said + [5]], DRAWN)
+  e.run()
+  assert first.tokens == alone(params, first.ids, first.options)
+  assert second.cached == len(said) - 1 and second.tokens == alone(params, second.ids, DRAWN)
+
+
 def test_cancelled_its_slot_is_free_and_the_others_do_not_notice(params):
   e = made(params, slots=2)
   kept, dropped, waiting = submit(e, PROMPTS[1:4], dataclasses.replace(DRAWN, max_tokens=60))

@@ -181,7 +181,9 @@ class Engine:
     """How many tokens of the prompt lie in the slot's cache; at least the last is left to be read."""
     if slot.salt != salt:
       return 0
-    held = slot.held[:slot.done] if slot.request and slot.done < len(slot.prompt) else slot.held
+    held = slot.held
+    if slot.request:                 # what is not read yet, or the newest token, is not in its cache
+      held = held[:slot.done] if slot.done < len(slot.prompt) else held[:-1]
     most = min(len(held), len(prompt) - 1, self.length)
     return next((n for n in range(most) if held[n] != prompt[n]), max(most, 0))
 
