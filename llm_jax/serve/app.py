@@ -96,7 +96,7 @@ class Server:
       raise ApiError(f'logit_bias: token {bad} is not in the vocabulary of {self.worker.engine.vocab_size}',
                      'logit_bias')
 
-  def choices(self, prompts, asked: protocol.Asked, salt: str) -> list[Choice]:
+  async def choices(self, prompts, asked: protocol.Asked, salt: str) -> list[Choice]:
     """Submits n requests for each prompt."""
     options = dataclasses.replace(asked.options, stop_ids=self.tokenizer.stop_ids, n=1)
     if self.worker.error or self.draining:
@@ -110,7 +110,7 @@ class Server:
     for ids in prompts:
       for nth in range(asked.options.n):
         try:
-          grammar = self.grammars.constraint(*asked.grammar) if asked.grammar else None
+          grammar = await asyncio.to_thread(self.grammars.constraint, *asked.grammar) if asked.grammar else None
         except ConfigError as e:
           raise ApiError(str(e), 'response_format') from e
         out.append(Choice(self.tokenizer, ids, options, nth=nth, salt=salt, constraint=grammar))
@@ -207,7 +207,7 @@ class Server:
     except ConfigError as e:
       raise ApiError(str(e), 'messages') from e
     self.check_prompt(ids, asked.options, 'messages')
-    choices = self.choices([ids], asked, salt_of(request))
+    choices = await self.choices([ids], asked, salt_of(request))
     head = protocol.head('chat.completion', self.settings.name)
     if asked.stream:
       return stream(self.chat_events(request, head | dict(object='chat.completion.chunk'), asked, choices))
@@ -250,7 +250,7 @@ class Server:
       out = [self.echoed(i // asked.options.n, asked, prompts, scores, '', [], [], 'length') | dict(index=i)
              for i in range(len(prompts) * asked.options.n)]
       return JSONResponse(head | dict(choices=out, usage=protocol.usage(sum(map(len, prompts)), 0, 0)))
-    choices = self.choices(prompts, asked, salt_of(request))
+    choices = await self.choices(prompts, asked, salt_of(request))
     if asked.stream:
       return stream(self.completion_events(request, head, asked, choices, prompts, scores))
     out = [self.echoed(i // asked.options.n, asked, prompts, scores, *made, choices[i].finish_reason) | dict(index=i)
