@@ -24,7 +24,7 @@ def parse(args: list[str]):
   return config, workdir, values['debug']
 
 
-def main(args: list[str]) -> None:
+def main(args: list[str], own_process: bool = False) -> None:
   if '--help' in args or '-h' in args:
     print(__doc__)
     return
@@ -32,7 +32,7 @@ def main(args: list[str]) -> None:
     with config_lib.one_line_errors('--debug' in args):
       config, workdir, _ = parse(args)
       from llm_jax.train import loop
-      loop.train(config, workdir, START)
+      loop.train(config, workdir, START, own_process)
   except KeyboardInterrupt:
     print('interrupted; the same command goes on from the newest checkpoint', file=sys.stderr)
     raise SystemExit(130) from None
@@ -40,7 +40,7 @@ def main(args: list[str]) -> None:
 
 if __name__ == '__main__':
   try:
-    main(sys.argv[1:])
+    main(sys.argv[1:], own_process=True)
   except SystemExit as e:
     if e.code == 130:
       sys.stdout.flush()

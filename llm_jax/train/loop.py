@@ -32,12 +32,12 @@ from llm_jax.train.rundir import STAGE, RunDirectory
 from llm_jax.train.stop import Stop
 
 
-def train(cfg: config_lib.Config, workdir: str, started: float | None = None) -> dict:
+def train(cfg: config_lib.Config, workdir: str, started: float | None = None, own_process: bool = False) -> dict:
   """Runs a config in workdir (local, gs:// or s3://), resuming the run that is there; returns the final figures of the
   report.
 
-  started: time.time() at which the process started, for the time to first loss. Raises ConfigError before any work for
-  what the user can put right.
+  started: time.time() at which the process started, for the time to first loss. own_process: as in Stop.
+  Raises ConfigError before any work for what the user can put right.
   """
   started = time.time() if started is None else started
   if cfg.mesh.distributed:
@@ -47,7 +47,7 @@ def train(cfg: config_lib.Config, workdir: str, started: float | None = None) ->
   if cfg.log.compile_cache:
     hardware.keep_programs(store.cache_folder(cfg.data))
   with RunDirectory(workdir, store.cache_folder(cfg.data)) as directory, jax.set_mesh(mesh):
-    with Run(cfg, directory, mesh, started) as run:
+    with Run(cfg, directory, mesh, started, own_process) as run:
       run.setup()
       run.loop()
       return run.finish()
@@ -74,11 +74,11 @@ def one_at_a_time(result):
 class Run:
   """One process's part of a training run; its methods are called in order by `train`."""
 
-  def __init__(self, cfg, directory, mesh, started):
+  def __init__(self, cfg, directory, mesh, started, own_process=False):
     self.cfg, self.directory, self.mesh, self.started = cfg, directory, mesh, started
     self.workdir = directory.local   # of everything but checkpoints
     self.turned = None               # the step at which validation turned, once warned of
-    self.stop = Stop()
+    self.stop = Stop(own_process)
     self.error = None                # ends the run once everything is saved
     self.profiling = False
     self.cleanup = contextlib.ExitStack()

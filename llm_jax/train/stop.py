@@ -11,11 +11,15 @@ import jax
 from jax.experimental import multihost_utils
 
 
-class Stop:
-  """A context manager: listens to signals inside it. `asked`: one came; `by`: its name."""
+INTERRUPTED = 'interrupted; the same command goes on from the newest checkpoint'
 
-  def __init__(self):
-    self.asked, self.by, self._old = False, '', {}
+
+class Stop:
+  """A context manager: listens to signals inside it. `asked`: one came; `by`: its name. own_process: a second one ends
+  the process itself, for what is cleaned up on the way of an exception may wait for a write; else KeyboardInterrupt."""
+
+  def __init__(self, own_process: bool = False):
+    self.asked, self.by, self.own_process, self._old = False, '', own_process, {}
 
   def reached(self, step: int) -> bool:
     """Whether to stop before `step`, the same on every process. Each must call it once per step."""
@@ -26,6 +30,10 @@ class Stop:
 
   def _handle(self, number, frame):
     name = signal.Signals(number).name
+    if self.by and self.own_process:
+      print(INTERRUPTED, file=sys.stderr)
+      sys.stdout.flush()
+      os._exit(130)
     if self.by:
       raise KeyboardInterrupt
     self.by = name
