@@ -22,6 +22,7 @@ from llm_jax.sharding import ACT, axis_size
 
 CHUNKS = (16, 64, 256)     # prompt positions per pass
 FILLED = (1, 8)            # prompts per pass
+PASS = 64                  # positions that would take as long as reading the weights once
 DECODED = (1, 4, 16)       # rows decoded at once, or all
 STREAM, WHOLE = 16, 256    # tokens per dispatch: while somebody watches, and otherwise
 LATENCY = 0.1              # seconds between two looks at a streamed text, where the model is fast enough
@@ -248,10 +249,10 @@ class Engine:
     """Takes up to FILLED[-1] prompts one chunk on; where one is whole, its first token comes."""
     part = filling[:FILLED[-1]]
     left = [len(self.slots[i].prompt) - self.slots[i].done for i in part]
-    width = next((c for c in CHUNKS if c >= max(left)), CHUNKS[-1])
+    R = row_count(next(n for n in FILLED if n >= len(part)))
+    width = min(CHUNKS, key=lambda c: -(-max(left) // c) * (c * R + PASS))
     if self.cfg.attention == 'prefix':                       # a prompt sees all of itself: in one pass
       width = bucket(max(left), CHUNKS[0])
-    R = row_count(next(n for n in FILLED if n >= len(part)))
     token, slot_R = np.zeros((R, width), np.int32), np.full(R, len(self.slots), np.int32)
     start_R, last_R, length_R = np.zeros((3, R), np.int32)
     whole = []

@@ -10,7 +10,6 @@ import sys
 import jax
 from jax.experimental import multihost_utils
 
-
 INTERRUPTED = 'interrupted; the same command goes on from the newest checkpoint'
 
 
