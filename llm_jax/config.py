@@ -503,6 +503,9 @@ def diff(a: Config, b: Config) -> dict[str, tuple]:
   return {key: (left[key], right[key]) for key in left if left[key] != right[key]}
 
 
+INTERRUPTED = 'interrupted; the same command goes on from the newest checkpoint'
+
+
 @contextlib.contextmanager
 def one_line_errors(debug: bool = False):
   """What every command wraps its work in: a ConfigError or OSError becomes one line on stderr and exit status 2."""

@@ -34,7 +34,7 @@ def main(args: list[str], own_process: bool = False) -> None:
       from llm_jax.train import loop
       loop.train(config, workdir, START, own_process)
   except KeyboardInterrupt:
-    print('interrupted; the same command goes on from the newest checkpoint', file=sys.stderr)
+    print(config_lib.INTERRUPTED, file=sys.stderr)
     raise SystemExit(130) from None
 
 

@@ -46,7 +46,7 @@ class Grammars:
     if len(text) > LARGEST:
       raise ConfigError(f'{kind}: has {len(text)} characters, expected at most {LARGEST}')
     with self._lock:
-      return Constraint(self._compiled(kind, text).deep_copy(), self.vocab_size)
+      return Constraint(self._compiled(kind, text).deep_copy())
 
   def _compile(self, kind, text):
     library, tokenizer = self._library
@@ -66,8 +66,8 @@ class Grammars:
 class Constraint:
   """Where one text is in its grammar."""
 
-  def __init__(self, matcher, vocab_size: int):
-    self._matcher, self._vocab_size = matcher, vocab_size
+  def __init__(self, matcher):
+    self._matcher = matcher
 
   def allowed(self, words: int) -> np.ndarray:
     """uint32 [words]: bits of the tokens that may come next."""
@@ -79,7 +79,3 @@ class Constraint:
   def take(self, token: int) -> bool:
     """Goes on by a token; False once the text is whole, or cannot go on."""
     return self._matcher.consume_token(token) and not self._matcher.is_stopped()
-
-  @property
-  def error(self) -> str:
-    return self._matcher.get_error() if self._matcher.is_error() else ''

@@ -198,14 +198,8 @@ class Server:
     body = await self.body(request)
     self.check_model(body)
     asked = protocol.chat(body, self.limit)
-    if not self.model.chat_template:
-      raise ApiError('this model has no chat template; use /v1/completions', 'messages')
     self.oversight.check(message['content'] for message in asked.messages)
-    try:
-      ids = await asyncio.to_thread(chat.encode, self.tokenizer, self.model.chat_template, list(asked.messages),
-                                    tools=list(asked.tools) if asked.tools else None, **asked.template)
-    except ConfigError as e:
-      raise ApiError(str(e), 'messages') from e
+    ids = await self.conversation(asked)
     self.check_prompt(ids, asked.options, 'messages')
     choices = await self.choices([ids], asked, salt_of(request))
     head = protocol.head('chat.completion', self.settings.name)
@@ -219,6 +213,16 @@ class Server:
         choice['logprobs'] = protocol.chat_logprobs(self.tokenizer, tokens, found)
       out.append(choice)
     return JSONResponse(head | dict(choices=out, usage=usage(choices)))
+
+  async def conversation(self, asked: protocol.Asked) -> list[int]:
+    """The messages as ids, by the model's template."""
+    if not self.model.chat_template:
+      raise ApiError('this model has no chat template; use /v1/completions', 'messages')
+    try:
+      return await asyncio.to_thread(chat.encode, self.tokenizer, self.model.chat_template, list(asked.messages),
+                                     tools=list(asked.tools) if asked.tools else None, **asked.template)
+    except ConfigError as e:
+      raise ApiError(str(e), 'messages') from e
 
   async def chat_events(self, request, head, asked, choices):
     for i in range(len(choices)):
@@ -350,8 +354,7 @@ class Server:
     self.check_model(body)
     text, add = body.get('prompt', body.get('text')), body.get('add_special_tokens', True)
     if body.get('messages') is not None:
-      asked = protocol.chat(dict(messages=body['messages']), self.limit)
-      ids = chat.encode(self.tokenizer, self.model.chat_template or '', list(asked.messages))
+      ids = await self.conversation(protocol.chat(dict(messages=body['messages']), self.limit))
     elif isinstance(text, str):
       ids = self.encode([text])[0]
       if not add:

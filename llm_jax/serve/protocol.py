@@ -50,8 +50,8 @@ def _no_constant(name):
 class Fields:
   """A request's fields, taken one by one; what is left at the end is not known."""
 
-  def __init__(self, values: dict, known: tuple[str, ...] = ()):
-    self.left, self.names = dict(values), [*values, *known]
+  def __init__(self, values: dict):
+    self.left = dict(values)
 
   def __call__(self, name: str, kind, default, low=-math.inf, high=math.inf):
     """A value of this kind within [low, high]; the default where it is missing or null."""

@@ -10,7 +10,7 @@ import sys
 import jax
 from jax.experimental import multihost_utils
 
-INTERRUPTED = 'interrupted; the same command goes on from the newest checkpoint'
+from llm_jax import config as config_lib
 
 
 class Stop:
@@ -30,7 +30,7 @@ class Stop:
   def _handle(self, number, frame):
     name = signal.Signals(number).name
     if self.by and self.own_process:
-      print(INTERRUPTED, file=sys.stderr)
+      print(config_lib.INTERRUPTED, file=sys.stderr)
       sys.stdout.flush()
       os._exit(130)
     if self.by:
