@@ -10,6 +10,7 @@
 Rounds alternate between ours and the peer's, so that a machine whose speed drifts slows both; medians are printed.
 Results that were kept are in docs/benchmarks.md. The peer needs the `parity` extra.
 """
+import math
 import os
 import pathlib
 import platform
@@ -228,7 +229,7 @@ def save(flags) -> None:
 
 def decode(flags) -> None:
   """Prints tokens per second of one stream and of many, of a bare sweep over the same weights (what reading them once a
-  token allows), and of transformers' generate."""
+  token allows), and of transformers' generate; with --text, what few bits do to a text's perplexity."""
   import jax
 
   from llm_jax.generate import engine
@@ -241,7 +242,7 @@ def decode(flags) -> None:
 
   def streams(n, ahead=0):
     made = engine.Engine(found.shape, found.params, slots=n, vocab_size=found.tokenizer.vocab_size, ahead=ahead,
-                         length=min(found.shape.max_length, 512))
+                         length=min(found.shape.max_length, 512), weights=flags.weights, cache=flags.cache)
     def run():
       requests = [engine.Request(prompt, Options(max_tokens=flags.new), salt=str(i)) for i in range(n)]
       start = time.perf_counter()
@@ -252,7 +253,9 @@ def decode(flags) -> None:
     return made, run
 
   made, one = streams(1)
-  runs = {'sweep': sweep(made, flags.new), 'llm_jax': one}
+  if flags.text:
+    perplexity(made, found.tokenizer, flags)
+  runs = {'llm_jax': one} if flags.weights else {'sweep': sweep(made, flags.new), 'llm_jax': one}
   runs[f'llm_jax, {flags.streams} streams'] = streams(flags.streams)[1]
   if flags.peer == 'torch':
     runs |= torch_generate(found, prompt, flags.new)
@@ -262,11 +265,39 @@ def decode(flags) -> None:
   for _ in range(flags.rounds):
     for name, run in runs.items():
       rates[name].append(run())
-  print(f'decode {os.path.basename(flags.model)}, {flags.new} tokens after {len(prompt)}, {found.shape.dtype}, '
-        f'{flags.rounds} rounds, medians; {hardware()}, jax {jax.__version__}')
+  print(f'decode {os.path.basename(flags.model)}, {flags.new} tokens after {len(prompt)}, '
+        f'{flags.weights or found.shape.dtype}, {flags.rounds} rounds, medians; {hardware()}, jax {jax.__version__}')
   for name, rate in rates.items():
     ratio = statistics.median(ours / this for ours, this in zip(rates['llm_jax'], rate))
     print(f'{name:>24}  {statistics.median(rate):>8.1f} tok/s  one stream/this {ratio:.2f}x')
+
+
+def perplexity(made, tokenizer, flags) -> None:
+  """Prints the perplexity of a text's first 16 windows of 512 tokens, read through the engine's weights and cache."""
+  import numpy as np
+
+  from llm_jax.generate import engine, programs, score
+  from llm_jax.models import attention, quantize
+  dtype = attention.compute_dtype(made.cfg.dtype)
+  W, T, part = 16, 512, engine.CHUNKS[-1]
+  with open(flags.text, encoding='utf-8') as f:
+    ids = tokenizer.encode(f.read(W * T * 20))[:W * T]
+  if len(ids) < W * T:
+    raise ConfigError(f'--text: {flags.text} has {len(ids)} tokens, expected at least {W * T}')
+  made.state = programs.empty_state(made.plan, len(made.slots), T, made.stops, 0)
+  total = 0.0
+  for window in ids.reshape(W, 1, T):
+    for start in range(0, T, part):
+      token_BT = window[:, start:start + part]
+      x_BTD = made.through(made.cfg, made.weights, 'cache', token_BT, np.zeros(1, np.int32),
+                           np.full(1, start, np.int32), np.full(1, T, np.int32))
+      after = np.append(token_BT[:, 1:], window[:, start + part:start + part + 1], 1)
+      logp, *_ = score.next_tokens(made.weights[0], np.pad(after, ((0, 0), (0, part - after.shape[1]))), x_BTD)
+      total += float(np.asarray(logp, np.float64)[:after.shape[1]].sum())
+  print(f'perplexity {math.exp(-total / (W * (T - 1))):.3f} of {W} x {T} tokens of {os.path.basename(flags.text)}; '
+        f'weights {flags.weights or dtype}, {quantize.nbytes(made.weights) / 1e6:.0f} MB; cache '
+        f'{flags.cache or dtype}')
+  made.state = None
 
 
 def serve(flags) -> None:
@@ -398,6 +429,9 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--model', help='that decode and serve run')
   parser.add_argument('--streams', type=int, default=32, help='of decode and serve, at the same time')
   parser.add_argument('--new', type=int, default=64, help='tokens that decode and serve make')
+  parser.add_argument('--weights', choices=('int8', 'int4'), default='', help='that decode computes with')
+  parser.add_argument('--cache', choices=('int8',), default='', help='of decode')
+  parser.add_argument('--text', help='a file whose perplexity decode prints')
   parser.add_argument('--mb', type=int, default=400, help='of the state that save writes')
   parser.add_argument('--dtype', default='auto', choices=('auto', 'float32', 'bfloat16'))
   for name, value in SIZES.items():

@@ -13,6 +13,16 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('JAX_NUMPY_RANK_PROMOTION', 'raise')
 
 
+@pytest.fixture(scope='module', autouse=True)
+def compiled_here():
+  """A command that a test runs in this process has its programs kept on the disk: not those of the tests after it, some
+  of which look at the compiler's warnings."""
+  import jax
+  from jax.experimental.compilation_cache import compilation_cache
+  jax.config.update('jax_compilation_cache_dir', None)
+  compilation_cache.reset_cache()
+
+
 @pytest.fixture(scope='session')
 def tokenizer_json() -> str:
   """A tokenizer.json of 96 entries, as text."""

@@ -5,6 +5,7 @@ the program may write (<|im_end|>) come from the template alone: where a message
 """
 import contextlib
 import datetime
+import itertools
 import json
 import re
 import sys
@@ -16,15 +17,16 @@ SECONDS, LARGEST = 2.0, 4_000_000        # of a template: time to render, charac
 
 
 def encode(tokenizer, template: str, messages: list[dict], *, add_generation_prompt: bool = True, tools=None,
-           **more) -> list[int]:
-  """Ids of the conversation, with what begins the assistant's turn. Raises ConfigError for a template that fails, in
-  its own words where it raises."""
+           variables: dict | None = None) -> list[int]:
+  """Ids of the conversation, with what begins the assistant's turn. variables: further ones of the template's. Raises
+  ConfigError for a template that fails, in its own words where it raises."""
+  variables = variables or {}
   names = sorted(tokenizer.specials, key=len, reverse=True)
   special = re.compile('|'.join(map(re.escape, names))) if names else None
-  mark = unused(json.dumps([messages, tools, more], ensure_ascii=False, default=str))
+  mark = unused(json.dumps([messages, tools, variables], ensure_ascii=False, default=str))
   guard = (lambda text: special.sub(lambda m: m.group()[0] + mark + m.group()[1:], text)) if special else lambda t: t
-  text = render(template, messages=deep(messages, guard), tools=deep(tools, guard), **deep(more, guard),
-                add_generation_prompt=add_generation_prompt, **tokenizer.role_names)
+  text = render(template, deep(variables, guard) | tokenizer.role_names | dict(
+      messages=deep(messages, guard), tools=deep(tools, guard), add_generation_prompt=add_generation_prompt))
   ids, at = [], 0
   for found in special.finditer(text) if special else ():
     ids += plain(tokenizer, text[at:found.start()].replace(mark, ''))
@@ -38,27 +40,31 @@ def plain(tokenizer, text: str) -> list[int]:
 
 
 def unused(text: str) -> str:
-  """A character that is not in the text."""
-  return next(c for c in map(chr, range(0xe000, 0xf8ff)) if c not in text and f'\\u{ord(c):04x}' not in text)
+  """A character that is not in the text: one for private use."""
+  here = set(text)
+  for c in map(chr, itertools.chain(range(0xe000, 0xf900), range(0xf0000, 0xffffe))):
+    if c not in here and f'\\u{ord(c):04x}' not in text:
+      return c
+  raise ConfigError('messages: hold every character for private use; leave one out')
 
 
 def deep(value, f):
-  """f of every string inside."""
+  """f of every string inside, keys too."""
   if isinstance(value, str):
     return f(value)
   if isinstance(value, dict):
-    return {key: deep(x, f) for key, x in value.items()}
+    return {deep(key, f): deep(x, f) for key, x in value.items()}
   return [deep(x, f) for x in value] if isinstance(value, (list, tuple)) else value
 
 
-def render(template: str, **variables) -> str:
+def render(template: str, variables: dict) -> str:
   """What the template makes of the variables."""
   import jinja2
   environment = _environment()
   try:
     with deadline(SECONDS):
       parts, size = [], 0
-      for part in environment.from_string(template).generate(**variables):
+      for part in environment.from_string(template).generate(variables):
         parts.append(part)
         size += len(part)
         if size > LARGEST:

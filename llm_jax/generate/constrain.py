@@ -10,6 +10,8 @@ from llm_jax.config import ConfigError
 
 LARGEST = 100_000          # characters of a grammar
 KEPT = 64                  # compiled grammars
+# An ambiguous grammar could hold up every row for a second per token: about 0.3 ms of parsing and 4 of lexing.
+BOUNDS = dict(step_max_items=5000, max_items_in_row=500, step_lexer_fuel=50_000, verbose_errors=False)
 
 
 class Grammars:
@@ -54,7 +56,7 @@ class Grammars:
                 grammar=library.LLMatcher.grammar_from_lark,
                 json_object=lambda _: library.LLMatcher.grammar_from_json_schema('{"type": "object"}'))[kind]
     try:
-      matcher = library.LLMatcher(tokenizer, make(text))
+      matcher = library.LLMatcher(tokenizer, make(text), limits=library.LLParserLimits(**BOUNDS))
       error = matcher.get_error() if matcher.is_error() else ''
     except Exception as e:          # the library's, of several classes
       error = str(e) or type(e).__name__
@@ -75,6 +77,11 @@ class Constraint:
     out = np.zeros(words, np.uint32)
     out[:min(words, len(found))] = found[:words]
     return out
+
+  @property
+  def failed(self) -> bool:
+    """Whether it has become too much to follow."""
+    return self._matcher.is_error()
 
   def take(self, token: int) -> bool:
     """Goes on by a token; False once the text is whole, or cannot go on."""

@@ -27,6 +27,7 @@ DECODED = (1, 4, 16)       # rows decoded at once, or all
 STREAM, WHOLE = 16, 256    # tokens per dispatch: while somebody watches, and otherwise
 LATENCY = 0.1              # seconds between two looks at a streamed text, where the model is fast enough
 SHORTEST = 128             # positions of a cache
+COLDEST = 1e-4             # a temperature below is greedy: logits divided by it would overflow
 
 
 @dataclasses.dataclass(eq=False)
@@ -43,7 +44,7 @@ class Request:
   constraint: Constraint | None = None
   tokens: list[int] = dataclasses.field(default_factory=list)
   logprobs: list[tuple] = dataclasses.field(default_factory=list)      # (logp, ids, logps) of each token, if wanted
-  reason: str = ''                 # 'stop' | 'length' | 'cancelled', once it has ended
+  reason: str = ''                 # once it has ended: 'stop' | 'length' | 'cancelled' | 'error', with its constraint
   cached: int = 0                  # tokens of the prompt that were in the cache
   first: float = 0.0               # time.perf_counter() at the first token and the last, without what was compiled
   last: float = 0.0
@@ -71,20 +72,22 @@ class Engine:
   slots: rows at once; length: positions of a row at most; vocab_size: ids from here on are never sampled (0: the
   model's); start_id begins an encoder-decoder's target, source: positions of its encoder; stops: ids that end a row, at
   most; size: tokens per dispatch; ahead: tokens proposed per step, by a draft model (its config and parameters) or
-  looked up in the text; mark: a watermark.Watermark for every text.
+  looked up in the text; mark: a watermark.Watermark for every text; weights: 'int8' or 'int4', cache: 'int8', to keep
+  them in fewer bits.
   """
 
   def __init__(self, cfg: config_lib.Model, params, *, slots: int = 8, length: int = 0, vocab_size: int = 0,
                start_id: int = 0, size: int = STREAM, ahead: int = 0, draft: tuple | None = None, source: int = 0,
-               stops: int = 8, mark=None):
+               stops: int = 8, mark=None, weights: str = '', cache: str = ''):
     if cfg.attention == 'bidirectional':
       raise ConfigError("config.model.attention: a 'bidirectional' model cannot generate text; expected 'causal' or "
                         "'prefix'")
-    self.cfg, self.params, self.start_id = cfg, params, start_id
+    self.cfg, self.start_id = cfg, start_id
+    self.params = params if cfg.encoder_layers else None       # of the encoder; the rest is in weights
     self.limit = min(length or cfg.max_length, cfg.max_length)
     self.vocab_size = min(vocab_size or cfg.vocab_size, cfg.vocab_size)
-    self.plan = programs.Plan(cfg, self.vocab_size, size, ahead, draft and draft[0], mark)
-    self.weights = programs.unstack(cfg, params)
+    self.plan = programs.Plan(cfg, self.vocab_size, size, ahead, draft and draft[0], mark, cache)
+    self.weights = programs.unstack(cfg, params, weights)
     self.draft_weights = draft and programs.unstack(*draft)
     self.slots = [Slot() for _ in range(row_count(slots))]
     self.waiting: collections.deque[Request] = collections.deque()
@@ -133,6 +136,21 @@ class Engine:
 
   def step(self) -> bool:
     """Admits, fills, decodes; False where there was nothing to do."""
+    try:
+      return self._step()
+    except BaseException:            # also Ctrl-C: the state may be half made, or given away
+      self._lose()
+      raise
+
+  def _lose(self) -> None:
+    """Ends what is in the slots, and forgets their cache."""
+    self.state, self.length, self.rows = None, 0, self._no_rows()
+    lost, self.slots = [slot.request for slot in self.slots if slot.request], [Slot() for _ in self.slots]
+    for request in lost:
+      request.reason = 'error'
+      request.ended()
+
+  def _step(self) -> bool:
     self._admit()
     filling = [i for i, slot in enumerate(self.slots) if slot.request and slot.done < len(slot.prompt)]
     if filling:
@@ -190,7 +208,8 @@ class Engine:
 
   def _set_options(self, i: int, request: Request) -> None:
     o = request.options
-    values = (o.temperature, o.top_k, o.top_p, o.min_p, o.typical_p, o.repetition_penalty, o.presence_penalty,
+    temperature = o.temperature if o.temperature >= COLDEST else 0.0
+    values = (temperature, o.top_k, o.top_p, o.min_p, o.typical_p, o.repetition_penalty, o.presence_penalty,
               o.frequency_penalty, o.seed & 0xffffffff, request.nth, bool(o.logit_bias), request.constraint is not None,
               -1 if o.logprobs is None else o.logprobs)
     for array, value in zip(self.rows, values):
@@ -216,6 +235,9 @@ class Engine:
     """Tells the device which tokens may come next; a proposed one cannot be checked, so there are none."""
     if request.constraint:
       allowed = request.constraint.allowed(self.state['allowed'].shape[1])
+      if request.constraint.failed:
+        self._end(i, 'error')
+        return
       self.state = programs.admit(self.state, np.int32(i), dict(allowed=allowed, single=np.bool_(True)))
 
   def _admit_row(self, i, history, position, end, seen, bias, stops) -> None:
@@ -261,10 +283,11 @@ class Engine:
       piece = slot.prompt[slot.done:slot.done + width]
       token[r, :len(piece)] = piece
       slot_R[r], start_R[r], last_R[r], length_R[r] = i, slot.done, len(piece) - 1, len(slot.prompt)
-      slot.done += len(piece)
-      if slot.done == len(slot.prompt):
+      if slot.done + len(piece) == len(slot.prompt):
         whole.append(r)
     out = self._fill_rows(token, slot_R, start_R, last_R, length_R, whole)
+    for i in part:
+      self.slots[i].done = min(self.slots[i].done + width, len(self.slots[i].prompt))
     if whole:
       tokens, live, found = np.asarray(out[0]), np.asarray(out[1]), None
       if any(self.rows.top_B[slot_R[whole]] >= 0):
@@ -276,9 +299,9 @@ class Engine:
 
   def _fill_rows(self, token, slot_R, start_R, last_R, length_R, whole):
     """Tokens of R prompts into the cache; (first token, live, logprobs) of those in `whole`, where there are any."""
-    x = self._through(self.cfg, self.weights, 'cache', token, slot_R, start_R, length_R)
+    x = self.through(self.cfg, self.weights, 'cache', token, slot_R, start_R, length_R)
     if self.draft_weights:
-      self._through(self.plan.draft, self.draft_weights, 'draft_cache', token, slot_R, start_R, length_R)
+      self.through(self.plan.draft, self.draft_weights, 'draft_cache', token, slot_R, start_R, length_R)
     if whole:
       ended_R = np.full(len(slot_R), len(self.slots), np.int32)
       ended_R[whole] = slot_R[whole]
@@ -286,7 +309,7 @@ class Engine:
       return out
     return None
 
-  def _through(self, cfg, weights, name, token, slot_R, start_R, length_R):
+  def through(self, cfg, weights, name, token, slot_R, start_R, length_R):
     """The layers' output over the tokens, whose keys and values are put into the cache."""
     model, blocks = weights
     prefix_R = length_R if cfg.attention == 'prefix' else None
@@ -356,7 +379,8 @@ class Engine:
       self._constrain(i, request)
     else:
       ended = kept is not None or not going or request.tokens[-1] in (request.options.stop_ids or ())
-      self._end(i, 'stop' if ended else 'length')
+      failed = request.constraint is not None and request.constraint.failed
+      self._end(i, 'error' if failed else 'stop' if ended else 'length')
 
   def _end(self, i: int, reason: str) -> None:
     slot = self.slots[i]

@@ -15,7 +15,7 @@ from flax import nnx
 
 from llm_jax import config as config_lib
 from llm_jax.generate import filters, watermark
-from llm_jax.models import layers, transformer
+from llm_jax.models import layers, quantize, transformer
 from llm_jax.models.attention import compute_dtype
 from llm_jax.models.view import View
 from llm_jax.sharding import shard
@@ -43,43 +43,51 @@ class Plan(typing.NamedTuple):
   ahead: int = 0         # tokens proposed per step
   draft: config_lib.Model | None = None      # by this model, else by looking them up in the row's own text
   mark: watermark.Watermark | None = None
+  cache: str = ''        # 'int8', or '' for the compute dtype
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def unstack(cfg: config_lib.Model, params):
-  """(model, blocks): the weights as decoding reads them, in the compute dtype, every layer's apart. Made once, before
-  the loop, which would otherwise copy its slice of the stacked weights at every step."""
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def unstack(cfg: config_lib.Model, params, kind: str = ''):
+  """(model, blocks): the weights as decoding reads them, in the compute dtype or of a quantize.KINDS, every layer's
+  apart. Made once, before the loop, which would otherwise copy its slice of the stacked weights at every step."""
   model = transformer.bind(cfg, params)
-  if cfg.tied_embeddings and layers.on_one_cpu():       # which transposes the table for every product of several rows
+  # A CPU transposes the table for every product of several rows; and rows are looked up in one that is not quantised.
+  if cfg.tied_embeddings and (kind or layers.on_one_cpu()):
     model.unembed_DV = nnx.Param(layers.settle(model.embed_VD[...].swapaxes(0, 1)))
     model.cfg = dataclasses.replace(cfg, tied_embeddings=False)
   blocks = model.layers()
   for name, _, _ in transformer.stacks(cfg):
     delattr(model, name)
+  if kind:
+    for part in (model, *blocks):
+      quantize.weights(part, kind)
   return model, blocks
 
 
-def empty_cache(cfg: config_lib.Model, rows: int, length: int):
+def empty_cache(cfg: config_lib.Model, rows: int, length: int, kind: str = ''):
   """Zeros for every layer."""
   B, K, H, S, dtype = rows, cfg.kv_heads, cfg.head_dim, length, compute_dtype(cfg.dtype)
-  return [placed_kv((jnp.zeros((B, K, H, S), dtype), jnp.zeros((B, K, S, H), dtype))) for _ in range(cfg.layers)]
+  def zeros(shape, axis):
+    x = jnp.zeros(shape, dtype)
+    return quantize.quantize(x, (axis,)) if kind else x
+  return [placed_kv((zeros((B, K, H, S), 2), zeros((B, K, S, H), 3))) for _ in range(cfg.layers)]
 
 
 def placed_kv(kv):
-  return shard(kv[0], 'BKHS'), shard(kv[1], 'BKSH')
+  return jax.tree.map(lambda x: shard(x, 'BKHS'), kv[0]), jax.tree.map(lambda x: shard(x, 'BKSH'), kv[1])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def empty_state(plan: Plan, rows: int, length: int, stops: int, source: int):
   """A state in which no row is live. stops: ids that end a row, at most; source: positions of an encoder's."""
   V, words = plan.cfg.vocab_size, -(-plan.cfg.vocab_size // 32)
-  state = dict(cache=empty_cache(plan.cfg, rows, length), history=jnp.zeros((rows, length), jnp.int32),
+  state = dict(cache=empty_cache(plan.cfg, rows, length, plan.cache), history=jnp.zeros((rows, length), jnp.int32),
                position=jnp.zeros(rows, jnp.int32), live=jnp.zeros(rows, bool), end=jnp.zeros(rows, jnp.int32),
                stop=jnp.full((rows, stops), -1, jnp.int32), count=jnp.zeros((rows, V), jnp.int32),
                seen=jnp.zeros((rows, V), bool), bias=jnp.zeros((rows, V)),
                allowed=jnp.zeros((rows, words), jnp.uint32), single=jnp.zeros(rows, bool))
   if plan.draft is not None:
-    state['draft_cache'] = empty_cache(plan.draft, rows, length)
+    state['draft_cache'] = empty_cache(plan.draft, rows, length, plan.cache)
   if source:
     state['memory'] = jnp.zeros((rows, source, plan.cfg.width), compute_dtype(plan.cfg.dtype))
     state['memory_segment'] = jnp.zeros((rows, source), jnp.int32)
@@ -103,7 +111,8 @@ def resize(state, length: int):
   def to(x, axis):
     keep = jax.lax.slice_in_dim(x, 0, min(length, x.shape[axis]), axis=axis)
     return jnp.pad(keep, [(0, length - keep.shape[a] if a == axis else 0) for a in range(x.ndim)])
-  caches = {name: [(to(k, 3), to(v, 2)) for k, v in state[name]] for name in CACHES if name in state}
+  both = lambda k, v: (jax.tree.map(lambda x: to(x, 3), k), jax.tree.map(lambda x: to(x, 2), v))
+  caches = {name: [both(*kv) for kv in state[name]] for name in CACHES if name in state}
   return placed(state | caches | dict(history=to(state['history'], 1)))
 
 
@@ -141,28 +150,35 @@ def embed(cfg: config_lib.Model, model, token_RT, start_R):
 @program(static_argnums=0, donate_argnums=4)
 def layer(cfg: config_lib.Model, model, block, carry, kv, slot_R, start_R, prefix_R, index, embed_RTD, memory):
   """One layer over T tokens of R rows, whose cache it extends -> carry, kv. carry: (x_RTD, the first layer's values or
-  None). prefix_R: length of what all may see, or None. memory: an encoder-decoder's (memory_BSD, segment_BS) or None.
+  None). kv None: nothing is kept, the rows are whole texts. prefix_R: length of what all may see, or None. memory: an
+  encoder-decoder's (memory_BSD, segment_BS) or None.
   """
   x_RTD, first_v = carry
   R, T = x_RTD.shape[:2]
-  S = kv[0].shape[3]
   position_RT = start_R[:, None] + jnp.arange(T)[None]
+  if kv is None:
+    context = model.context(View('causal'), position_RT, T, 'xla', embed_RTD)
+    return block(x_RTD, first_v, context, index)[:2], None
+  S = kv[0].shape[3]
   prefix_RS = None if prefix_R is None else jnp.arange(S)[None] < prefix_R[:, None]
   view = View('causal' if prefix_R is None else cfg.attention, position_BT=position_RT, prefix_BS=prefix_RS)
   context = model.context(view, position_RT, T, 'xla', embed_RTD)
   if memory is not None:
     context = transformer.with_memory(context, memory[0][slot_R], memory[1][slot_R], T)
-  x_RTD, first_v, extended, _ = block(x_RTD, first_v, context, index, (kv[0][slot_R], kv[1][slot_R], start_R))
+  x_RTD, first_v, extended, _ = block(x_RTD, first_v, context, index, (*jax.tree.map(lambda x: x[slot_R], kv), start_R))
   return (x_RTD, first_v), placed_kv(put_positions(kv, extended, slot_R, position_RT))
 
 
 def put_positions(kv, part, slot_A, position_AP):
   """Keys and values with those of `part`, rows of some slots, at some positions."""
-  (k_BKHS, v_BKSH), (k_AKHS, v_AKSH) = kv, part
-  k_AKHP = jnp.take_along_axis(k_AKHS, position_AP[:, None, None], 3, mode='clip')
-  v_AKPH = jnp.take_along_axis(v_AKSH, position_AP[:, None, :, None], 2, mode='clip')
-  return (k_BKHS.at[slot_A[:, None], :, :, position_AP].set(k_AKHP.transpose(0, 3, 1, 2), mode='drop'),
-          v_BKSH.at[slot_A[:, None], :, position_AP].set(v_AKPH.swapaxes(1, 2), mode='drop'))
+  def put_k(k_BKHS, k_AKHS):
+    k_AKHP = jnp.take_along_axis(k_AKHS, position_AP[:, None, None], 3, mode='clip')
+    return k_BKHS.at[slot_A[:, None], :, :, position_AP].set(k_AKHP.transpose(0, 3, 1, 2), mode='drop')
+
+  def put_v(v_BKSH, v_AKSH):
+    v_AKPH = jnp.take_along_axis(v_AKSH, position_AP[:, None, :, None], 2, mode='clip')
+    return v_BKSH.at[slot_A[:, None], :, position_AP].set(v_AKPH.swapaxes(1, 2), mode='drop')
+  return jax.tree.map(put_k, kv[0], part[0]), jax.tree.map(put_v, kv[1], part[1])
 
 
 @program(static_argnums=0, donate_argnums=2)

@@ -6,10 +6,11 @@ CONTEXT = 8     # tokens decoded before a new one: tokenizers join pieces by wha
 
 
 class TextStream:
-  """The text of one row. push() tokens, take fresh() text at any time, finish() once; `text` is all of it so far."""
+  """The text of one row. push() tokens, take fresh() text at any time, finish() once; `text` is all of it so far.
+  visible: {id: text} of special tokens that are text here, which otherwise none is."""
 
-  def __init__(self, tokenizer, prompt_ids, stop: tuple[str, ...] = ()):
-    self.tokenizer, self.stop = tokenizer, stop
+  def __init__(self, tokenizer, prompt_ids, stop: tuple[str, ...] = (), visible: dict[int, bytes] | None = None):
+    self.tokenizer, self.stop, self.visible = tokenizer, stop, visible or {}
     self.text, self.stopped = '', False
     self._context = list(prompt_ids[-CONTEXT:])
     self._decoder = codecs.getincrementaldecoder('utf-8')('replace')   # keeps back the bytes of an unfinished character
@@ -19,7 +20,7 @@ class TextStream:
     """Adds a token; True where it completes a stop string, which is then cut off with all that follows it."""
     before = len(self.tokenizer.decode_bytes(self._context))
     self._context.append(token)
-    piece = self.tokenizer.decode_bytes(self._context)[before:]
+    piece = self.visible.get(token) or self.tokenizer.decode_bytes(self._context)[before:]
     self._context = self._context[-CONTEXT:]
     old = len(self.text)
     self.text += self._decoder.decode(piece)

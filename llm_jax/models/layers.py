@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from llm_jax import config as config_lib
+from llm_jax.models import quantize
 from llm_jax.sharding import shard
 
 
@@ -60,7 +61,7 @@ def _trailing(w, ndim):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def project(spec: str, x, *ws):
-  """[jnp.einsum(spec, x, w) for w in ws]: an activation and the weights that read it, e.g. 'BTD,DF->BTF'.
+  """[einsum(spec, x, w) for w in ws]: an activation and the weights that read it, e.g. 'BTD,DF->BTF'.
 
   On one CPU device they are one product of two matrices, with weights joined and transposed ahead (a loop over
   microbatches does that once), and in the backward pass first the weights' gradient, then the input's: two products at
@@ -70,7 +71,8 @@ def project(spec: str, x, *ws):
 
 
 def _project_fwd(spec, x, *ws):
-  return (_products(x, ws) if on_one_cpu() else [jnp.einsum(spec, x, w) for w in ws]), (x, ws)
+  few_bits = isinstance(ws[0], quantize.Quantized)
+  return (_products(x, ws) if on_one_cpu() and not few_bits else [quantize.einsum(spec, x, w) for w in ws]), (x, ws)
 
 
 def _project_bwd(spec, saved, gs):

@@ -38,6 +38,7 @@ class Moe(nnx.Module):
     tokens past an expert's capacity are left out of it; otherwise none ever is."""
     weights = [self.w_up_EDF[...], self.w_down_EFD[...]]
     weights += [self.w_gate_EDF[...]] if hasattr(self, 'w_gate_EDF') else []
+    weights = [w.astype(x_BTD.dtype) for w in weights]           # where they are quantised
     bias_E = self.router_bias_E[...] if hasattr(self, 'router_bias_E') else jnp.zeros(self.cfg.experts)
     real_BT = jnp.ones(x_BTD.shape[:2], bool) if segment_BT is None else segment_BT != 0
     arrays = x_BTD, real_BT, self.w_router_DE[...], jax.lax.stop_gradient(bias_E), weights

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax import config as config_lib
 from llm_jax.config import ConfigError
-from llm_jax.models import layers, moe
+from llm_jax.models import layers, moe, quantize
 from llm_jax.models.attention import Attention, View, compute_dtype
 from llm_jax.sharding import PARAM, dims_of, shard
 
@@ -75,7 +75,7 @@ class Block(nnx.Module):
       v_BSKH = self.attention.mix_values(v_BSKH, first_v_BTKH)
     if cache is not None:
       cache = layers.settle(extend(cache, k_BSKH, v_BSKH))         # or the carried one and the one read are two
-      k_BSKH, v_BSKH = cache[0].transpose(0, 3, 1, 2), cache[1].transpose(0, 2, 1, 3)
+      k_BSKH, v_BSKH = (x.astype(q_BTNH.dtype).transpose(axes) for x, axes in zip(cache, ((0, 3, 1, 2), (0, 2, 1, 3))))
     with jax.named_scope('attention'):
       a_BTD = self.attention(q_BTNH, k_BSKH, v_BSKH, context.view, context.kernel, tap)
     start_BTD = x_BTD
@@ -128,8 +128,10 @@ def extend(cache, k_BTKH, v_BTKH):
   row_BT = jnp.broadcast_to(jnp.arange(B)[:, None], (B, T))
   slot_BT = start_B[:, None] + jnp.arange(T)[None]
   options = dict(mode='drop', unique_indices=True)
-  return (k_BKHS.at[row_BT, :, :, slot_BT].set(k_BTKH.astype(k_BKHS.dtype), **options),
-          v_BKSH.at[row_BT, :, slot_BT].set(v_BTKH.astype(v_BKSH.dtype), **options))
+  return (jax.tree.map(lambda old, new: old.at[row_BT, :, :, slot_BT].set(new, **options), k_BKHS,
+                       quantize.positions(k_BTKH, 3, k_BKHS)),
+          jax.tree.map(lambda old, new: old.at[row_BT, :, slot_BT].set(new, **options), v_BKSH,
+                       quantize.positions(v_BTKH, 3, v_BKSH)))
 
 
 class Transformer(nnx.Module):
@@ -254,8 +256,7 @@ class Transformer(nnx.Module):
       elif cfg.tied_embeddings:
         logits_BTV = self._products(x_BTD, self.embed_VD[...])
       else:
-        logits_BTV = jnp.einsum('BTD,DV->BTV', x_BTD, self.unembed_DV[...].astype(x_BTD.dtype),
-                                preferred_element_type=jnp.float32)
+        logits_BTV = quantize.einsum('BTD,DV->BTV', x_BTD, self.unembed_DV[...], jnp.float32)
       if cfg.logit_softcap:
         logits_BTV = cfg.logit_softcap * jnp.tanh(logits_BTV / cfg.logit_softcap)
       return shard(logits_BTV, 'BTV')

@@ -4,13 +4,13 @@ it.
 Every answer that is an error has OpenAI's shape. Nothing of a prompt or an answer is kept or logged.
 """
 import asyncio
-import contextlib
 import dataclasses
 import hashlib
 import hmac
 import importlib.resources
 import json
 import time
+import traceback
 from collections.abc import Callable
 
 import prometheus_client
@@ -20,11 +20,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from llm_jax.config import ConfigError
-from llm_jax.generate import chat, constrain, engine
+from llm_jax.generate import chat, score
 from llm_jax.generate.options import Options
-from llm_jax.serve import feedback, openapi, oversight, protocol, score
+from llm_jax.serve import feedback, making, openapi, oversight, protocol, tools
 from llm_jax.serve.protocol import ApiError
-from llm_jax.serve.worker import Choice, Full, Worker
+from llm_jax.serve.worker import Choice, Worker
 
 PAGE = {'/': ('index.html', 'text/html'), '/page.js': ('page.js', 'text/javascript'),
         '/page.css': ('page.css', 'text/css')}
@@ -32,8 +32,6 @@ OPEN = {'/health', '/ready', '/openapi.json', *PAGE}   # without a key: they say
 # The page runs its own files and asks this server alone.
 POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
           "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-MAKING = {'/v1/chat/completions', '/v1/completions'}
-PATIENCE = 1000            # pieces of a stream that may wait for a slow reader
 
 
 @dataclasses.dataclass
@@ -53,136 +51,19 @@ class Server:
   """One model behind its routes."""
 
   def __init__(self, model, worker: Worker, settings: Settings):
-    self.model, self.worker, self.settings = model, worker, settings
-    self.tokenizer, self.shape, self.limit = model.tokenizer, model.shape, worker.engine.limit
-    self.grammars = constrain.Grammars(model.tokenizer, model.shape.vocab_size)
-    self.scorer = score.Scorer(model.shape, model.params)
+    self.model, self.worker, self.settings, self.created = model, worker, settings, int(time.time())
+    self.tokenizer, self.limit = model.tokenizer, worker.engine.limit
     self.oversight = oversight.Oversight(settings.name, self.tokenizer, settings.log, settings.log_text,
                                          settings.moderate)
+    self.making = making.Making(model, worker, settings.name, self.oversight)
     self.feedback = feedback.Feedback(settings.feedback) if settings.feedback else None
-    self.created, self.draining = int(time.time()), False
-    self.registry = prometheus_client.CollectorRegistry()
-    count = lambda name, text, *labels: prometheus_client.Counter(f'llm_jax_{name}', text, ['model', *labels],
-                                                                  registry=self.registry)
-    self.requests = count('requests', 'Requests by route and status', 'route', 'status')
-    self.tokens = count('tokens', 'Tokens read (prompt), reused from the cache (cached) and made (completion)', 'kind')
-    seconds = lambda name, text: prometheus_client.Histogram(
-        f'llm_jax_{name}_seconds', text, ['model'], registry=self.registry,
-        buckets=(.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60))
-    self.first, self.between = seconds('first_token', 'To the first token'), seconds('token', 'From token to token')
-    gauge = lambda name, text, f: prometheus_client.Gauge(
-        f'llm_jax_{name}', text, registry=self.registry).set_function(f)
-    gauge('running', 'Requests in a slot', lambda: worker.engine.active)
-    gauge('waiting', 'Requests that wait for one', lambda: len(worker.engine.waiting))
-
-  # What is asked for -----------------------------------------------------------------------------------------------
+    self.requests = prometheus_client.Counter('llm_jax_requests', 'Requests by route and status',
+                                              ['model', 'route', 'status'], registry=self.making.registry)
 
   def check_model(self, body: dict) -> None:
     if (name := body.get('model')) not in (None, '', self.settings.name):
       raise ApiError(f'the model {ascii(name)[:80]} does not exist; there is {self.settings.name}', 'model', 404,
                      code='model_not_found')
-
-  def check_prompt(self, ids, options: Options, param: str) -> None:
-    """Against the context and the vocabulary, with both counts."""
-    if len(ids) + 1 > self.limit:
-      raise ApiError(f"This model's maximum context length is {self.limit} tokens, the {param} has {len(ids)} and one "
-                     'is to be made; shorten it', param, code='context_length_exceeded')
-    try:
-      engine.check_prompt(self.shape, ids, self.worker.engine.vocab_size, self.limit, param)
-    except ConfigError as e:
-      raise ApiError(str(e), param) from e
-    bad = next((i for i in options.logit_bias if i >= self.worker.engine.vocab_size), None)
-    if bad is not None:
-      raise ApiError(f'logit_bias: token {bad} is not in the vocabulary of {self.worker.engine.vocab_size}',
-                     'logit_bias')
-
-  async def choices(self, prompts, asked: protocol.Asked, salt: str) -> list[Choice]:
-    """Submits n requests for each prompt."""
-    options = dataclasses.replace(asked.options, stop_ids=self.tokenizer.stop_ids, n=1)
-    if self.worker.error or self.draining:
-      raise ApiError('the server is going down; try another' if self.draining else 'the engine has stopped', None, 503,
-                     'server_error')
-    most = self.worker.queue + len(self.worker.engine.slots)
-    if len(prompts) * asked.options.n > most:
-      raise ApiError(f'n: {len(prompts)} prompts with n={asked.options.n} are more than the {most} texts that this '
-                     'server takes at once', 'n')
-    out = []
-    for ids in prompts:
-      for nth in range(asked.options.n):
-        try:
-          grammar = await asyncio.to_thread(self.grammars.constraint, *asked.grammar) if asked.grammar else None
-        except ConfigError as e:
-          raise ApiError(str(e), 'response_format') from e
-        out.append(Choice(self.tokenizer, ids, options, nth=nth, salt=salt, constraint=grammar))
-    try:
-      self.worker.submit([choice.request for choice in out])
-    except Full as e:
-      error = ApiError('too many requests are waiting; try again in a moment', None, 429, 'rate_limit_error')
-      error.headers['Retry-After'] = '1'
-      raise error from e
-    return out
-
-  async def gather(self, request: Request, choices: list[Choice]) -> list[tuple[str, list, list]]:
-    """The whole texts, with their tokens and log-probabilities; all are cancelled where the client has gone."""
-    async def whole(choice):
-      text, tokens, found = '', [], []
-      async for piece in self.timed(choice):
-        text, tokens, found = text + piece[0], tokens + piece[1], found + piece[2]
-      return text, tokens, found
-    with self.cancelling(choices, request):
-      tasks = [asyncio.ensure_future(whole(choice)) for choice in choices]
-      gone = asyncio.ensure_future(disconnected(request))
-      try:
-        both = asyncio.gather(*tasks)
-        await asyncio.wait([both, gone], return_when=asyncio.FIRST_COMPLETED)
-        if not both.done():
-          both.cancel()
-          raise ClientDisconnect
-        return both.result()
-      finally:
-        gone.cancel()
-
-  @contextlib.contextmanager
-  def cancelling(self, choices, request: Request):
-    """Frees the slots of what has not ended when this is left, and logs what came of it."""
-    start, status = time.perf_counter(), 200
-    try:
-      yield
-    except (ClientDisconnect, asyncio.CancelledError, GeneratorExit):
-      status = 499
-      raise
-    except ApiError as e:
-      status = e.status
-      raise
-    finally:
-      for choice in choices:
-        if not choice.request.reason:
-          with contextlib.suppress(RuntimeError):
-            self.worker.cancel(choice.request)
-      self.count(choices)
-      self.oversight.note(request, request.url.path, status, start, choices)
-
-  def count(self, choices) -> None:
-    for kind, n in dict(prompt=sum(len(c.request.ids) for c in choices), cached=sum(c.request.cached for c in choices),
-                        completion=sum(len(c.request.tokens) for c in choices)).items():
-      self.tokens.labels(self.settings.name, kind).inc(n)
-
-  async def timed(self, choice: Choice):
-    """Its pieces; how long they took is kept. Raises ApiError where the engine has died."""
-    last, first, text = time.perf_counter(), True, ''
-    async for piece in choice.pieces():
-      now, text = time.perf_counter(), text + piece[0]
-      if self.oversight.refusal('output', text):
-        choice.refused = True
-        self.worker.cancel(choice.request)
-        return
-      if piece[1]:
-        histogram = self.first if first else self.between
-        histogram.labels(self.settings.name).observe((now - last) / (1 if first else len(piece[1])))
-        last, first = now, False
-      yield piece
-    if choice.finish_reason == 'error':
-      raise ApiError('the engine has stopped', None, 500, 'server_error')
 
   # Routes -------------------------------------------------------------------------------------------------------------
 
@@ -198,17 +79,23 @@ class Server:
     body = await self.body(request)
     self.check_model(body)
     asked = protocol.chat(body, self.limit)
-    self.oversight.check(message['content'] for message in asked.messages)
     ids = await self.conversation(asked)
-    self.check_prompt(ids, asked.options, 'messages')
-    choices = await self.choices([ids], asked, salt_of(request))
+    self.making.check_prompt(ids, asked.options, 'messages')
+    await self.oversight.check(map(self.tokenizer.decode, [ids]))
+    if asked.must_call:
+      asked = dataclasses.replace(asked, grammar=tools.grammar(self.making.notation, asked.tools,
+                                                               self.tokenizer.specials))
+    choices = await self.making.choices([ids], asked, salt_of(request))
     head = protocol.head('chat.completion', self.settings.name)
     if asked.stream:
       return stream(self.chat_events(request, head | dict(object='chat.completion.chunk'), asked, choices))
     out = []
-    for i, (text, tokens, found) in enumerate(await self.gather(request, choices)):
-      choice = dict(index=i, message=dict(role='assistant', content=text, refusal=None),
-                    finish_reason=choices[i].finish_reason, logprobs=None)
+    for i, (text, tokens, found) in enumerate(await self.making.gather(request, choices)):
+      reader = self.reader(asked)
+      message = dict(role='assistant', content=reader.feed(text) + reader.finish(), refusal=None)
+      if reader.calls:
+        message |= dict(content=message['content'].strip() or None, tool_calls=reader.calls)
+      choice = dict(index=i, message=message, finish_reason=ended(choices[i], reader), logprobs=None)
       if asked.options.logprobs is not None:
         choice['logprobs'] = protocol.chat_logprobs(self.tokenizer, tokens, found)
       out.append(choice)
@@ -218,19 +105,31 @@ class Server:
     """The messages as ids, by the model's template."""
     if not self.model.chat_template:
       raise ApiError('this model has no chat template; use /v1/completions', 'messages')
+    self.making.check_size(sum(len(message['content']) for message in asked.messages), 'messages')
+    if asked.tools and not self.making.notation:
+      raise ApiError("tools: this model's chat template has no place for them; leave them out", 'tools')
     try:
       return await asyncio.to_thread(chat.encode, self.tokenizer, self.model.chat_template, list(asked.messages),
-                                     tools=list(asked.tools) if asked.tools else None, **asked.template)
+                                     tools=list(asked.tools) if asked.tools else None, variables=asked.template)
     except ConfigError as e:
       raise ApiError(str(e), 'messages') from e
 
+  def reader(self, asked) -> tools.Reader:
+    return tools.Reader(self.making.notation if asked.tools else None, asked.only_one)
+
   async def chat_events(self, request, head, asked, choices):
+    readers = [self.reader(asked) for _ in choices]
+    delta = lambda i, reason=None, **said: head | dict(choices=[dict(index=i, delta=said, finish_reason=reason)])
     for i in range(len(choices)):
-      yield head | dict(choices=[dict(index=i, delta=dict(role='assistant', content=''), finish_reason=None)])
-    async for i, (text, tokens, found) in self.merged(request, choices):
+      yield delta(i, role='assistant', content='')
+    async for i, (text, tokens, found) in self.making.merged(request, choices):
       if text is None:
-        yield head | dict(choices=[dict(index=i, delta={}, finish_reason=choices[i].finish_reason)])
-      elif text or found:
+        if rest := readers[i].finish():
+          yield delta(i, content=rest)
+        if calls := readers[i].calls:
+          yield delta(i, tool_calls=[dict(call, index=k) for k, call in enumerate(calls)])
+        yield delta(i, ended(choices[i], readers[i]))
+      elif (text := readers[i].feed(text)) or found:
         choice = dict(index=i, delta=dict(content=text), finish_reason=None)
         if asked.options.logprobs is not None:
           choice['logprobs'] = protocol.chat_logprobs(self.tokenizer, tokens, found)
@@ -242,23 +141,24 @@ class Server:
     body = await self.body(request)
     self.check_model(body)
     asked = protocol.completion(body, self.limit)
-    texts = [p for p in asked.prompts if isinstance(p, str)]
-    encoded = iter(await asyncio.to_thread(self.encode, texts))
+    encoded = iter(await self.making.encode([p for p in asked.prompts if isinstance(p, str)], 'prompt'))
     prompts = [next(encoded) if isinstance(p, str) else list(p) for p in asked.prompts]
-    self.oversight.check(p if isinstance(p, str) else self.tokenizer.decode(p) for p in asked.prompts)
     for ids in prompts:
-      self.check_prompt(ids[:-1] if asked.score_only else ids, asked.options, 'prompt')
-    head = protocol.head('text_completion', self.settings.name)
-    scores = await self.score(prompts, asked) if asked.echo else None
+      self.making.check_prompt(ids[:-1] if asked.score_only else ids, asked.options, 'prompt')
+    await self.oversight.check(map(self.tokenizer.decode, prompts))
+    head, scores = protocol.head('text_completion', self.settings.name), None
+    if asked.echo and asked.options.logprobs is not None:
+      scores = await self.making.scored(request, prompts,
+                                        lambda ids: self.making.scorer(ids, asked.options.logprobs))
     if asked.score_only:
       out = [self.echoed(i // asked.options.n, asked, prompts, scores, '', [], [], 'length') | dict(index=i)
              for i in range(len(prompts) * asked.options.n)]
       return JSONResponse(head | dict(choices=out, usage=protocol.usage(sum(map(len, prompts)), 0, 0)))
-    choices = await self.choices(prompts, asked, salt_of(request))
+    choices = await self.making.choices(prompts, asked, salt_of(request))
     if asked.stream:
       return stream(self.completion_events(request, head, asked, choices, prompts, scores))
     out = [self.echoed(i // asked.options.n, asked, prompts, scores, *made, choices[i].finish_reason) | dict(index=i)
-           for i, made in enumerate(await self.gather(request, choices))]
+           for i, made in enumerate(await self.making.gather(request, choices))]
     return JSONResponse(head | dict(choices=out, usage=usage(choices)))
 
   def echoed(self, p, asked, prompts, scores, text, tokens, found, reason) -> dict:
@@ -279,7 +179,7 @@ class Server:
         echo = self.echoed(i // n, asked, prompts, scores, '', [], [], None)
         offset[i] = len(echo['text'])
         yield head | dict(choices=[echo | dict(index=i)])
-    async for i, (text, tokens, found) in self.merged(request, choices):
+    async for i, (text, tokens, found) in self.making.merged(request, choices):
       choice = dict(index=i, text=text or '', finish_reason=choices[i].finish_reason if text is None else None,
                     logprobs=None)
       if asked.options.logprobs is not None and tokens:
@@ -290,60 +190,15 @@ class Server:
     if asked.usage:
       yield head | dict(choices=[], usage=usage(choices))
 
-  async def merged(self, request, choices):
-    """(index, piece) of several texts as they come; (None, [], []) ends each."""
-    queue: asyncio.Queue = asyncio.Queue(PATIENCE)
-    async def pump(i, choice):
-      try:
-        async for piece in self.timed(choice):
-          await queue.put((i, piece))
-        await queue.put((i, (None, [], [])))
-      except ApiError as e:
-        await queue.put((i, e))
-    with self.cancelling(choices, request):
-      tasks = [asyncio.ensure_future(pump(i, choice)) for i, choice in enumerate(choices)]
-      left = len(choices)
-      try:
-        while left:
-          i, piece = await queue.get()
-          if isinstance(piece, ApiError):
-            raise piece
-          left -= piece[0] is None
-          yield i, piece
-      finally:
-        for task in tasks:
-          task.cancel()
-
-  def encode(self, texts: list[str]) -> list[list[int]]:
-    bos = [] if self.tokenizer.bos_id is None or not self.tokenizer.adds_bos else [self.tokenizer.bos_id]
-    try:
-      return [bos + ids.tolist() for ids in self.tokenizer.encode_batch(texts)] if texts else []
-    except ConfigError as e:
-      raise ApiError(str(e), 'prompt') from e
-
-  async def score(self, prompts, asked):
-    """(logp, top ids, their logps) of each token of each prompt given those before it, None for the first; None where
-    nobody asked."""
-    if asked.options.logprobs is None:
-      return None
-    call = self.worker.call(lambda: [self.scorer(ids, asked.options.logprobs) for ids in prompts])
-    return await asyncio.wrap_future(call)
-
   async def embeddings(self, request: Request):
     body = await self.body(request)
     self.check_model(body)
-    given, form = body.get('input'), body.get('encoding_format', 'float')
-    given = [given] if isinstance(given, str) else given
-    if not isinstance(given, list) or not 0 < len(given) <= protocol.MOST['prompts'] or not all(
-        isinstance(x, str) for x in given):
-      raise ApiError(f'input: expected a text or up to {protocol.MOST["prompts"]} texts', 'input')
-    if form not in ('float', 'base64'):
-      raise ApiError("encoding_format: expected 'float' or 'base64'", 'encoding_format')
-    self.oversight.check(given)
-    prompts = self.encode(given)
+    given, form = protocol.embeddings(body)
+    prompts = await self.making.encode(given, 'input')
     for ids in prompts:
-      self.check_prompt(ids, Options(), 'input')
-    found = await asyncio.wrap_future(self.worker.call(lambda: [self.scorer.embedding(ids) for ids in prompts]))
+      self.making.check_prompt(ids, Options(), 'input')
+    await self.oversight.check(given)
+    found = await self.making.scored(request, prompts, self.making.scorer.embedding)
     data = [dict(object='embedding', index=i, embedding=score.written(x, form)) for i, x in enumerate(found)]
     n = sum(map(len, prompts))
     return JSONResponse(dict(object='list', model=self.settings.name, data=data,
@@ -356,9 +211,7 @@ class Server:
     if body.get('messages') is not None:
       ids = await self.conversation(protocol.chat(dict(messages=body['messages']), self.limit))
     elif isinstance(text, str):
-      ids = self.encode([text])[0]
-      if not add:
-        ids = self.tokenizer.encode(text).tolist()
+      ids, = await self.making.encode([text], 'prompt', bounded=False, begun=add)
     else:
       raise ApiError('prompt: expected a text', 'prompt')
     return JSONResponse(dict(tokens=ids, count=len(ids), max_model_len=self.limit))
@@ -387,7 +240,7 @@ class Server:
     row = {name: body.get(name) for name in ('id', 'rating', 'comment', 'messages', 'answer')}
     if not isinstance(row['id'], str) or not 0 < len(row['id']) <= 100:
       raise ApiError('id: expected the id of an answer', 'id')
-    if row['rating'] not in (1, -1) or isinstance(row['rating'], bool):
+    if type(row['rating']) is not int or row['rating'] not in (1, -1):
       raise ApiError('rating: expected 1 or -1', 'rating')
     for name in ('comment', 'answer'):
       if not isinstance(row[name], str) or len(row[name]) > 100_000:
@@ -407,11 +260,12 @@ class Server:
     return JSONResponse(dict(status='dead' if self.worker.error else 'ok'), 503 if self.worker.error else 200)
 
   async def ready(self, request: Request):
-    ready = self.worker.is_alive() and not self.worker.error and not self.draining
+    ready = self.worker.is_alive() and not self.worker.error and not self.making.draining
     return JSONResponse(dict(status='ready' if ready else 'not ready'), 200 if ready else 503)
 
   async def metrics(self, request: Request):
-    return Response(prometheus_client.generate_latest(self.registry), media_type=prometheus_client.CONTENT_TYPE_LATEST)
+    text = prometheus_client.generate_latest(self.making.registry)
+    return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
   async def described(self, request: Request):
     return JSONResponse(openapi.description(self.settings.name))
@@ -439,13 +293,15 @@ class Server:
         *(route(path, self.page, 'GET') for path in PAGE), route('/feedback', self.rate),
         route('/metrics', self.metrics, 'GET'), route('/openapi.json', self.described, 'GET')]
     wrong = lambda status, text: lambda request, e: answer(ApiError(text, None, status))
-    return Starlette(routes=routes, exception_handlers={
+    made = Starlette(routes=routes, exception_handlers={
         404: wrong(404, 'there is nothing here; see /openapi.json'), 405: wrong(405, 'not by this method')})
+    made.router.redirect_slashes = False               # to whatever the Host header says
+    return made
 
   def guarded(self, path, f):
     """A route that checks host and key, and turns errors into answers."""
     async def call(request: Request):
-      status, start = 500, time.perf_counter()
+      status, start, response = 500, time.perf_counter(), None
       try:
         self.check_access(request, path)
         response = await f(request)
@@ -457,20 +313,27 @@ class Server:
       except ClientDisconnect:
         status = 499
         return Response(status_code=499)
+      except Exception:                              # ours: the client is told no more than that
+        traceback.print_exc()
+        return answer(ApiError('the server has failed at this; its log says more', None, 500, 'server_error'))
       finally:
         self.requests.labels(self.settings.name, path, str(status)).inc()
-        if status >= 400 or path not in MAKING:      # what makes texts is logged when they are made
+        if not isinstance(response, StreamingResponse):              # which is noted once it has been made
           self.oversight.note(request, path, status, start)
     return call
 
   def check_access(self, request: Request, path: str) -> None:
-    host = request.headers.get('host', '').rpartition(':')[0] or request.headers.get('host', '')
+    said = request.headers.get('host', '').lower()
+    host = said.partition(']')[0] + ']' if said.startswith('[') else said.partition(':')[0]
     if self.settings.hosts and host not in self.settings.hosts:
       raise ApiError('this host name is not served; start with --host_name', None, 403)
+    origin = request.headers.get('origin')             # browsers send it with whatever another site's page asks for
+    if origin is not None and origin.lower().partition('://')[2] != said:
+      raise ApiError("another site's page may not ask here", None, 403)
     if not self.settings.keys or path in OPEN:
       return
     kind, _, given = request.headers.get('authorization', '').partition(' ')
-    given = given.encode() if kind == 'Bearer' else b''
+    given = given.strip().encode() if kind.lower() == 'bearer' else b''
     right = [hmac.compare_digest(hashlib.sha256(given).digest(), hashlib.sha256(key.encode()).digest())
              for key in self.settings.keys]
     if not any(right):
@@ -488,14 +351,14 @@ def usage(choices: list[Choice]) -> dict:
   return protocol.usage(sum(prompts.values()), sum(len(r.tokens) for r in requests), max(r.cached for r in requests))
 
 
+def ended(choice: Choice, reader: tools.Reader) -> str:
+  """Why a choice ended, where its text has been read for calls."""
+  return 'tool_calls' if reader.calls and choice.finish_reason == 'stop' else choice.finish_reason
+
+
 def salt_of(request: Request) -> str:
   """Cached beginnings are shared within a key alone: their timing would tell what others ask."""
   return hashlib.sha256(request.headers.get('authorization', '').encode()).hexdigest()
-
-
-async def disconnected(request: Request) -> None:
-  while not await request.is_disconnected():
-    await asyncio.sleep(0.05)
 
 
 def stream(events) -> StreamingResponse:

@@ -1,4 +1,5 @@
 """What watches over a server: a hook that sees every prompt and output, and a log of requests."""
+import asyncio
 import hmac
 import json
 import os
@@ -18,36 +19,39 @@ class Oversight:
     self.name, self.tokenizer, self.log, self.log_text, self.hook = name, tokenizer, log, log_text, hook
     self.key = os.urandom(32)              # hashes tell equal texts of one run apart from others, and nothing else
 
-  def refusal(self, kind: str, text: str) -> str:
+  async def refusal(self, kind: str, text: str) -> str:
     """Why a text must not pass, by the hook that was given: f(kind, text) -> a reason, or ''. kind: 'prompt' or
-    'output'. A hook that fails lets nothing pass."""
+    'output'. Called in a thread; one that fails lets nothing pass."""
     if self.hook is None:
       return ''
     try:
-      return str(self.hook(kind, text) or '')
+      return str(await asyncio.to_thread(self.hook, kind, text) or '')
     except Exception as e:
       return f'the moderation hook fails ({type(e).__name__})'
 
-  def check(self, texts) -> None:
-    """Raises ApiError for a prompt that the hook refuses."""
-    for text in texts:
-      if reason := self.refusal('prompt', text):
+  async def check(self, texts) -> None:
+    """Raises ApiError for a prompt that the hook refuses. Of a conversation it sees all that the model is to read."""
+    for text in texts if self.hook else ():
+      if reason := await self.refusal('prompt', text):
         raise ApiError(f'the request was refused: {reason[:200]}', None, code='content_policy_violation')
 
   def note(self, request: Request, route: str, status: int, start: float, choices=()) -> None:
-    """A line of the log. A prompt and the texts are there as keyed hashes, unless text was asked for."""
-    if not self.log:
+    """A line of the log, one for each request. A prompt and the texts are there as keyed hashes, unless text was asked
+    for."""
+    if not self.log or getattr(request.state, 'noted', False):
       return
+    request.state.noted = True
     digest = lambda text: hmac.new(self.key, text.encode('utf-8', 'surrogatepass'), 'sha256').hexdigest()[:32]
     written = (lambda text: text) if self.log_text else digest
     key = request.headers.get('authorization', '')
     row = dict(time=round(time.time(), 3), route=route, status=status, seconds=round(time.perf_counter() - start, 4),
                model=self.name, key=digest(key)[:8] if key else None)
     if choices:
-      row |= dict(prompts=[written(self.tokenizer.decode(ids)) for ids in {id(c.request.ids): c.request.ids
-                                                                         for c in choices}.values()],
+      prompts = {id(c.request.ids): c.request.ids for c in choices}.values()          # each of them n times
+      row |= dict(prompts=[written(self.tokenizer.decode(ids)) for ids in prompts],
+                  prompt_tokens=[len(ids) for ids in prompts],
                   outputs=[written(c.text) for c in choices], reasons=[c.finish_reason for c in choices],
-                  prompt_tokens=len(choices[0].request.ids), tokens=[len(c.request.tokens) for c in choices])
+                  tokens=[len(c.request.tokens) for c in choices])
     try:
       with open(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 'a', encoding='utf-8') as f:
         f.write(json.dumps(row) + '\n')                # JSON has no control characters: one line each

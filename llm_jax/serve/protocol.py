@@ -2,9 +2,11 @@
 
 A wrong one is an ApiError with the field's name: status 400, never 422 or 500. Source: the OpenAI API reference.
 """
+import codecs
 import dataclasses
 import json
 import math
+import re
 import time
 import uuid
 
@@ -14,6 +16,7 @@ from llm_jax.generate.options import Options
 
 MOST = dict(n=16, prompts=64, messages=1000, stop=16, logit_bias=300, tools=128)
 DEPTH = 64                 # of JSON
+STRINGS, BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"', re.S), re.compile(rb'[][{}]')
 
 
 class ApiError(Exception):
@@ -29,8 +32,8 @@ class ApiError(Exception):
 def parse_json(data: bytes) -> dict:
   """The object in a request's body."""
   depth = most = 0
-  for byte in data:                          # json itself would recurse
-    depth += (byte in b'[{') - (byte in b']}')
+  for bracket in BRACKETS.findall(STRINGS.sub(b'', data)):             # json itself would recurse
+    depth += 1 if bracket in b'[{' else -1
     most = max(most, depth)
   if most > DEPTH:
     raise ApiError(f'expected JSON of at most {DEPTH} levels')
@@ -68,7 +71,8 @@ class Fields:
   def finish(self, known) -> None:
     for name in self.left:
       if self.left[name] is not None and name not in IGNORED:
-        raise ApiError(f'{_short(name)}: is not known{nearest(str(name)[:60], known)}', str(name)[:60])
+        param = name[:60].encode('ascii', 'backslashreplace').decode()
+        raise ApiError(f'{param}: is not known{nearest(param, known)}', param)
 
 
 def _short(value) -> str:
@@ -76,12 +80,12 @@ def _short(value) -> str:
 
 
 # Fields of other services that change nothing here.
-IGNORED = {'user', 'store', 'metadata', 'service_tier', 'parallel_tool_calls', 'safety_identifier', 'prompt_cache_key',
+IGNORED = {'user', 'store', 'metadata', 'service_tier', 'safety_identifier', 'prompt_cache_key',
            'tokenized_requests', 'type', 'eos_string', 'skip_special_tokens', 'reasoning_effort', 'verbosity'}
 COMMON = ('model', 'max_tokens', 'max_completion_tokens', 'temperature', 'top_p', 'top_k', 'min_p', 'typical_p',
           'repetition_penalty', 'presence_penalty', 'frequency_penalty', 'logit_bias', 'stop', 'seed', 'n', 'stream',
           'stream_options', 'logprobs', 'response_format', 'guided_regex', 'guided_grammar')
-CHAT = (*COMMON, 'messages', 'top_logprobs', 'tools', 'tool_choice', 'chat_template_kwargs')
+CHAT = (*COMMON, 'messages', 'top_logprobs', 'tools', 'tool_choice', 'parallel_tool_calls', 'chat_template_kwargs')
 COMPLETION = (*COMMON, 'prompt', 'echo', 'suffix', 'best_of')
 
 
@@ -91,12 +95,14 @@ class Asked:
   options: Options
   stream: bool
   usage: bool                        # whether a stream ends with it
-  grammar: tuple | None              # (kind, source) for constrain.Grammars
+  grammar: tuple | None              # (kind, source) for constrain.Grammars, and the field that asks for it
   prompts: tuple = ()                # completions: texts or lists of ids
   echo: bool = False
   score_only: bool = False           # max_tokens 0: the prompt's own log-probabilities alone
   messages: tuple = ()               # chat
   tools: tuple | None = None
+  must_call: bool = False            # one of them, and nothing else is to be said
+  only_one: bool = False             # call at most
   template: dict = dataclasses.field(default_factory=dict)      # chat_template_kwargs
 
 
@@ -116,12 +122,12 @@ def common(f: Fields, limit: int, chat: bool) -> dict:
   if len(bias) > MOST['logit_bias']:
     raise ApiError(f'logit_bias: expected at most {MOST["logit_bias"]} tokens, got {len(bias)}', 'logit_bias')
   for key, value in bias.items():
-    if not str(key).isdigit() or len(key) > 9 or isinstance(value, bool) or not isinstance(value, (int, float)) or (
+    if not re.fullmatch('[0-9]{1,9}', key) or isinstance(value, bool) or not isinstance(value, (int, float)) or (
         not -100 <= value <= 100):
       raise ApiError(f'logit_bias: expected token ids with numbers from -100 to 100, got {_short(key)}: '
                      f'{_short(value)}', 'logit_bias')
   stop = f.left.pop('stop', None)
-  stop = [stop] if isinstance(stop, str) else stop or []
+  stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
   if not isinstance(stop, list) or len(stop) > MOST['stop'] or not all(
       isinstance(s, str) and 0 < len(s) <= 1000 for s in stop):
     raise ApiError(f'stop: expected a text or up to {MOST["stop"]} texts of 1 to 1000 characters', 'stop')
@@ -147,13 +153,15 @@ def _grammar(f: Fields) -> tuple | None:
     schema = inner.get('schema') if isinstance(inner, dict) else None
     if not isinstance(schema, dict):
       raise ApiError('response_format: expected json_schema.schema, an object', 'response_format')
-    return 'json_schema', schema
+    return 'json_schema', schema, 'response_format'
   if kind == 'json_object':
-    return 'json_object', ''
+    return 'json_object', '', 'response_format'
   if kind != 'text':
     raise ApiError(f'response_format: expected type text, json_object or json_schema, got {_short(kind)}',
                    'response_format')
-  return ('regex', regex) if regex is not None else ('grammar', grammar) if grammar is not None else None
+  if regex is not None:
+    return 'regex', regex, 'guided_regex'
+  return None if grammar is None else ('grammar', grammar, 'guided_grammar')
 
 
 def completion(body: dict, limit: int) -> Asked:
@@ -187,22 +195,53 @@ def chat(body: dict, limit: int) -> Asked:
   said = common(f, limit, chat=True)
   messages, tools = f('messages', list, None), f('tools', list, None)
   choice, kwargs = f.left.pop('tool_choice', None), f('chat_template_kwargs', dict, {})
+  parallel = f('parallel_tool_calls', bool, True)
   f.finish(CHAT)
   if not messages or len(messages) > MOST['messages']:
     raise ApiError(f'messages: expected 1 to {MOST["messages"]}, got {len(messages or ())}', 'messages')
-  if choice not in (None, 'none', 'auto'):
-    raise ApiError("tool_choice: expected 'none' or 'auto'", 'tool_choice')
   if reserved := {'messages', 'tools', 'add_generation_prompt', 'bos_token', 'eos_token'} & kwargs.keys():
     raise ApiError(f'chat_template_kwargs: {sorted(reserved)[0]} is set by the server', 'chat_template_kwargs')
   if tools is not None and (len(tools) > MOST['tools'] or not all(
       isinstance(t, dict) and t.get('type') == 'function' and isinstance(t.get('function'), dict)
       and isinstance(t['function'].get('name'), str) for t in tools)):
     raise ApiError(f'tools: expected at most {MOST["tools"]} functions with names', 'tools')
+  tools, must_call = _chosen(tools or [], choice)
+  if must_call and said['grammar']:
+    raise ApiError('tool_choice: a call and a response_format cannot both be asked for', 'tool_choice')
   if said['options']['max_tokens'] == 0:
     raise ApiError('max_tokens: expected at least 1', 'max_tokens')
   said['options'] = _options(said['options'] | dict(max_tokens=said['options']['max_tokens'] or limit))
   return Asked(**said, messages=tuple(map(_message, range(len(messages)), messages)), template=kwargs,
-               tools=tuple(tools) if tools and choice != 'none' else None)
+               tools=tuple(tools) or None, must_call=must_call, only_one=not parallel)
+
+
+def _chosen(tools: list[dict], choice) -> tuple[list[dict], bool]:
+  """(the tools that may be called, whether one must be)."""
+  if choice in (None, 'auto'):
+    return tools, False
+  if choice == 'none':
+    return [], False
+  if choice == 'required' and tools:
+    return tools, True
+  function = choice.get('function') if isinstance(choice, dict) and choice.get('type') == 'function' else None
+  named = [t for t in tools if isinstance(function, dict) and t['function']['name'] == function.get('name')]
+  if not named:
+    raise ApiError("tool_choice: expected 'none', 'auto', 'required' or a function of tools", 'tool_choice')
+  return named, True
+
+
+def embeddings(body: dict) -> tuple[list[str], str]:
+  """/v1/embeddings: the texts, and the form of the numbers."""
+  f = Fields(body)
+  f('model', str, '')
+  given, form = f.left.pop('input', None), f('encoding_format', str, 'float')
+  f.finish(('model', 'input', 'encoding_format'))
+  given = [given] if isinstance(given, str) else given
+  if not isinstance(given, list) or not 0 < len(given) <= MOST['prompts'] or not all(isinstance(x, str) for x in given):
+    raise ApiError(f'input: expected a text or up to {MOST["prompts"]} texts', 'input')
+  if form not in ('float', 'base64'):
+    raise ApiError("encoding_format: expected 'float' or 'base64'", 'encoding_format')
+  return given, form
 
 
 ROLES = ('system', 'developer', 'user', 'assistant', 'tool')
@@ -227,14 +266,26 @@ def _message(i: int, said) -> dict:
       raise ApiError(f'{where}.content: has half of a surrogate pair', f'{where}.content') from e
   out = dict(role='system' if said['role'] == 'developer' else said['role'], content=content or '')
   if calls is not None:
-    if said['role'] != 'assistant' or not isinstance(calls, list) or not all(
-        isinstance(c, dict) and isinstance(c.get('function'), dict) for c in calls):
+    if said['role'] != 'assistant' or not isinstance(calls, list):
       raise ApiError(f'{where}.tool_calls: expected functions, of an assistant', f'{where}.tool_calls')
-    out['tool_calls'] = calls
+    out['tool_calls'] = [_called(call, f'{where}.tool_calls[{k}]') for k, call in enumerate(calls)]
   for name in ('name', 'tool_call_id'):
     if isinstance(said.get(name), str):
       out[name] = said[name]
   return out
+
+
+def _called(call, where: str) -> dict:
+  """A call of an earlier turn: its arguments, which are JSON in a text, as templates want them, an object."""
+  function = call.get('function') if isinstance(call, dict) else None
+  try:
+    arguments = parse_json(function['arguments'].encode()) if function['arguments'] else {}
+    return dict(id=str(call.get('id', '')), type='function',
+                function=dict(name=function['name'] + '', arguments=arguments))
+  except (TypeError, KeyError, AttributeError, UnicodeError) as e:
+    raise ApiError(f'{where}: expected a function with its name and arguments, JSON in a text', where) from e
+  except ApiError as e:
+    raise ApiError(f'{where}.function.arguments: {e}', f'{where}.function.arguments') from e
 
 
 def _options(fields: dict) -> Options:
@@ -270,7 +321,10 @@ def chat_logprobs(tokenizer, tokens, found) -> dict:
 def completion_logprobs(tokenizer, tokens, found, start: int = 0) -> dict:
   """choices[].logprobs of a completion. An echoed prompt's first token has none: 0.0, for clients want a number."""
   text = [tokenizer.decode_bytes([t]).decode('utf-8', 'replace') for t in tokens]
-  offsets = [start + sum(map(len, text[:i])) for i in range(len(text))]
+  decoder, offsets, at = codecs.getincrementaldecoder('utf-8')('replace'), [], start
+  for token in tokens:                       # a character of several tokens counts at the last
+    offsets.append(at)
+    at += len(decoder.decode(tokenizer.decode_bytes([token])))
   name = lambda t: tokenizer.decode_bytes([t]).decode('utf-8', 'replace')
   tops = [{} if f is None else {name(t): max(lp, -9999.0) for t, lp in zip(f[1], f[2])} for f in found]
   return dict(tokens=text, token_logprobs=[0.0 if f is None else max(f[0], -9999.0) for f in found],

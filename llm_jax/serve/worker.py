@@ -4,6 +4,7 @@ import collections
 import contextlib
 import threading
 import traceback
+from collections.abc import Callable
 from concurrent.futures import Future
 
 import jax
@@ -21,9 +22,9 @@ class Choice:
   """One text in the making: tokens come in on the engine's thread, pieces go out on the event loop's. A piece is
   (text, tokens, logprobs); the last is followed by None."""
 
-  def __init__(self, tokenizer, ids, options, **keys):
+  def __init__(self, tokenizer, ids, options, visible=None, **keys):
     self.request = engine_lib.Request(ids, options, watch=self._watch, ended=self._ended, **keys)
-    self._stream = TextStream(tokenizer, ids, options.stop)
+    self._stream = TextStream(tokenizer, ids, options.stop, visible)
     self._stops = options.stop_ids or ()
     self.refused = False                               # by a moderation hook
     self._loop, self._pieces, self._sent = asyncio.get_running_loop(), asyncio.Queue(), 0
@@ -61,32 +62,48 @@ class Choice:
 
 
 class Worker(threading.Thread):
-  """Runs the engine while there is something to do. queue: requests that may wait."""
+  """Runs the engine while there is something to do, and other calls between its steps. queue: requests and calls that
+  may wait."""
 
   def __init__(self, engine: engine_lib.Engine, queue: int, mesh=None):
     super().__init__(name='engine', daemon=True)
     self.engine, self.queue, self.mesh, self.error = engine, queue, mesh, None
     self._inbox, self._wake, self._stopping = collections.deque(), threading.Condition(), False
     self._open: set[engine_lib.Request] = set()
+    self._calls: collections.deque[tuple[Callable, Future]] = collections.deque()
+
+  @property
+  def waiting(self) -> int:
+    """Requests and calls that wait."""
+    return len(self.engine.waiting) + len(self._calls) + sum(kind == 'submit' for kind, _ in self._inbox)
+
+  @property
+  def most(self) -> int:
+    """That are taken at once."""
+    return self.queue + len(self.engine.slots)
 
   def submit(self, requests: list[engine_lib.Request]) -> None:
     """All of them or, with Full, none."""
     with self._wake:
-      waiting = len(self.engine.waiting) + sum(kind == 'submit' for kind, _ in self._inbox)
-      if waiting + len(requests) > self.queue + max(len(self.engine.slots) - self.engine.active, 0):
-        raise Full
+      self._check_room(len(requests))
       self._tell(*(('submit', request) for request in requests))
+
+  def calls(self, functions: list[Callable]) -> list[Future]:
+    """Runs each between two steps of the engine, unless its future is cancelled before: all or, with Full, none."""
+    with self._wake:
+      self._check_room(len(functions))
+      self._tell()
+      found = [(f, Future()) for f in functions]
+      self._calls.extend(found)
+    return [future for _, future in found]
+
+  def _check_room(self, n: int) -> None:
+    if self.waiting + n > self.queue + max(len(self.engine.slots) - self.engine.active, 0):
+      raise Full
 
   def cancel(self, request: engine_lib.Request) -> None:
     with self._wake:
       self._tell(('cancel', request))
-
-  def call(self, f) -> Future:
-    """Runs f() between two steps of the engine."""
-    future = Future()
-    with self._wake:
-      self._tell(('call', (f, future)))
-    return future
 
   def stop(self) -> None:
     with self._wake:
@@ -112,7 +129,7 @@ class Worker(threading.Thread):
     """Takes what the event loop has sent, waiting for something to do; False to end."""
     while True:
       with self._wake:
-        while not self._inbox and not self.engine.waiting and not self.engine.active and not self._stopping:
+        while not (self._inbox or self._calls or self.engine.waiting or self.engine.active or self._stopping):
           self._wake.wait()
         if self._stopping:
           return False
@@ -125,25 +142,31 @@ class Worker(threading.Thread):
           except ConfigError:                          # the routes have checked it: this one alone is lost
             what.reason = 'error'
             what.ended()
-        elif kind == 'cancel':
-          self.engine.cancel(what)
         else:
-          f, future = what
-          try:
-            future.set_result(f())
-          except Exception as e:
-            future.set_exception(e)
+          self.engine.cancel(what)
+      self._one_call()
       self._open = {request for request in self._open if not request.reason}
       if self.engine.waiting or self.engine.active:
         return True
+
+  def _one_call(self) -> None:
+    while self._calls:
+      f, future = self._calls.popleft()
+      if future.set_running_or_notify_cancel():
+        try:
+          future.set_result(f())
+        except Exception as e:
+          future.set_exception(e)
+        return
 
   def _fail(self, error) -> None:
     with self._wake:
       self.error = error
       messages, self._inbox = self._inbox, collections.deque()
-    for kind, what in messages:
-      if kind == 'call':
-        what[1].set_exception(error)
+      calls, self._calls = self._calls, collections.deque()
+    for _, future in calls:
+      if future.set_running_or_notify_cancel():
+        future.set_exception(error)
     for request in self._open | {what for kind, what in messages if kind == 'submit'}:
       if not request.reason:
         request.reason = 'error'

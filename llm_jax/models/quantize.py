@@ -1,0 +1,101 @@
+"""Matrices and caches in few bits, for decoding, where reading memory is what takes time: symmetric integers with a
+scale (weight-only quantisation as in arXiv 2208.07339, without its outliers)."""
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+KINDS = dict(int8=(jnp.int8, -127, 127), int4=(jnp.int4, -8, 7))
+STEPS = (7, 7.5, 8, 8.5, 9)        # of int4: the largest of a group is put so many steps from 0, whatever is best
+MATRICES = {'w_q', 'w_k', 'w_v', 'w_o', 'w_up', 'w_gate', 'w_down', 'unembed'}
+GROUP = 32                 # inputs that share a scale in int4; in int8 all of an output's do
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+  """Integers times a scale, which has as many axes: each of one element, of as many, or of one for each group."""
+  q: jax.Array
+  scale: jax.Array         # float32
+
+  @property
+  def shape(self):
+    return self.q.shape
+
+  def __getitem__(self, key):
+    """Itself: what a parameter is read with is [...]."""
+    assert key is ...
+    return self
+
+  def astype(self, dtype):
+    """The array that it stands for."""
+    scale = self.scale.astype(dtype)
+    for axis, (n, groups) in enumerate(zip(self.q.shape, scale.shape)):
+      if 1 < groups < n:
+        scale = jnp.repeat(scale, n // groups, axis)
+    return self.q.astype(dtype) * scale
+
+
+def quantize(x, axes: tuple[int, ...], kind: str = 'int8', group: int = 0) -> Quantized:
+  """x rounded to integers with one scale over these axes or, with `group`, for each so many along the last of them."""
+  dtype, low, high = KINDS[kind]
+  shape = x.shape
+  x = x.astype(jnp.float32)
+  if group and shape[axes[-1]] % group == 0:
+    axis = axes[-1]
+    x = x.reshape(*shape[:axis], shape[axis] // group, group, *shape[axis + 1:])
+    over = (axis + 1,)
+  else:
+    over = axes
+  rounded = lambda scale: jnp.clip(jnp.round(x / scale), low, high)
+  top, bottom = x.max(over, keepdims=True), x.min(over, keepdims=True)
+  peak = jnp.where(jnp.abs(x).max(over, keepdims=True) < 1e-30, 1e-30, jnp.where(top > -bottom, top, bottom))
+  scale = jnp.abs(peak) / high
+  if kind == 'int4':
+    scales = [peak / -k for k in STEPS]
+    errors = [jnp.square(rounded(s) * s - x).sum(over, keepdims=True) for s in scales]
+    best = jnp.argmin(jnp.stack(errors), 0)
+    scale = jnp.choose(best, scales, mode='clip')
+  q = rounded(scale).astype(dtype).reshape(shape)
+  return Quantized(q, scale.squeeze(over) if over != axes else scale)
+
+
+def einsum(spec: str, x, w, dtype=None):
+  """jnp.einsum(spec, x, w) in x's dtype, or in `dtype`: where each output has one scale, it is the product that is
+  scaled."""
+  dtype = dtype or x.dtype
+  if not isinstance(w, Quantized):
+    return jnp.einsum(spec, x, w.astype(x.dtype), preferred_element_type=dtype)
+  summed = [i for i, letter in enumerate(spec.partition('->')[0].partition(',')[2])
+            if letter not in spec.partition('->')[2]]
+  if any(w.scale.shape[i] > 1 for i in summed):
+    return jnp.einsum(spec, x, w.astype(x.dtype), preferred_element_type=dtype)
+  y = jnp.einsum(spec, x, w.q.astype(x.dtype), preferred_element_type=jnp.float32)
+  outer = w.scale.squeeze(tuple(summed))
+  return (y * outer.reshape((1,) * (y.ndim - outer.ndim) + outer.shape)).astype(dtype)
+
+
+def weights(block, kind: str) -> None:
+  """Turns a module's matrices, those named w_..., into Quantized ones, but for a router; and the unembedding into int8,
+  for in int4 it costs more than all others."""
+  for _, module in nnx.iter_modules(block):
+    for name, param in vars(module).items():
+      prefix, _, dims = name.rpartition('_')
+      if isinstance(param, nnx.Param) and prefix in MATRICES:
+        inner = dims.replace('E', '')[:-1] if dims.endswith('D') else 'D'
+        axes = tuple(i for i, letter in enumerate(dims) if letter in inner)
+        of = 'int8' if prefix == 'unembed' else kind
+        setattr(module, name, nnx.Param(quantize(param[...], axes, of, GROUP if of == 'int4' else 0)))
+
+
+def positions(x, axis: int, like):
+  """x as what it is put into: quantised along `axis`, with a scale for each position and head, where `like` is."""
+  return quantize(x, (axis,)) if isinstance(like, Quantized) else x.astype(like.dtype)
+
+
+def nbytes(tree) -> int:
+  """Bytes in memory, where int4 takes half of one."""
+  return sum(math.ceil(x.size * jnp.iinfo(x.dtype).bits / 8) if jnp.issubdtype(x.dtype, jnp.integer) else x.nbytes
+             for x in jax.tree.leaves(tree))
