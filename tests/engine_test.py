@@ -226,3 +226,27 @@ def test_what_cannot_be_continued_is_refused_at_once(params, ids, message):
     e.submit(engine.Request(ids, Options()))
   with pytest.raises(ConfigError, match='stop_ids: expected at most 8'):
     e.submit(engine.Request([1], Options(stop_ids=tuple(range(9)))))
+
+
+@pytest.mark.parametrize('where', ['_fill_rows', '_dispatch'])
+def test_what_is_interrupted_leaves_nothing_wrong_behind(params, where, monkeypatch):
+  """Ctrl-C may fall anywhere: the same prompt afterwards is as if it were the first."""
+  e, real = made(params), getattr(engine.Engine, where)
+  before, = submit(e, PROMPTS[4:5], Options(max_tokens=5))
+  e.run()
+
+  def interrupted(*args):
+    real(*args)
+    raise KeyboardInterrupt
+  monkeypatch.setattr(engine.Engine, where, interrupted)
+  lost, = submit(e, PROMPTS[3:4], Options(max_tokens=20))
+  with pytest.raises(KeyboardInterrupt):
+    e.run()
+  monkeypatch.undo()
+  e.cancel(lost)
+  assert lost.reason == 'error' and e.active == 0
+  again, other = submit(e, [PROMPTS[3], PROMPTS[4]], Options(max_tokens=20))
+  e.run()
+  assert again.cached == other.cached == 0 and before.tokens == other.tokens[:5]
+  for request in (again, other):
+    assert request.tokens == alone(params, request.ids, request.options)

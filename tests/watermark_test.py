@@ -68,3 +68,14 @@ def test_a_short_secret_is_refused(tmp_path):
   (tmp_path / 'key').write_text('short')
   with pytest.raises(ConfigError, match='at least 16 characters'):
     watermark.read('green', tmp_path / 'key')
+
+
+def test_a_file_that_is_not_a_text_is_refused_in_a_line(tmp_path, capsys):
+  good, bad = tmp_path / 'good', tmp_path / 'bad'
+  good.write_text('a' * 40)
+  bad.write_bytes(b'caf\xe9 \x00')
+  for key, text in ((good, bad), (bad, good), (good, tmp_path / 'none')):
+    with pytest.raises(SystemExit):
+      watermark.main(['--model=nowhere', '--kind=green', f'--key_file={key}', str(text)])
+    error = capsys.readouterr().err
+    assert error.count('\n') == 1 and ('bad: expected a text in UTF-8' in error or 'none: No such file' in error)

@@ -67,14 +67,14 @@ def unstack(cfg: config_lib.Model, params, kind: str = ''):
 def empty_cache(cfg: config_lib.Model, rows: int, length: int, kind: str = ''):
   """Zeros for every layer."""
   B, K, H, S, dtype = rows, cfg.kv_heads, cfg.head_dim, length, compute_dtype(cfg.dtype)
-  def zeros(shape, axis):
-    x = jnp.zeros(shape, dtype)
-    return quantize.quantize(x, (axis,)) if kind else x
-  return [placed_kv((zeros((B, K, H, S), 2), zeros((B, K, S, H), 3))) for _ in range(cfg.layers)]
+  def zeros(*shape):
+    return quantize.Quantized(jnp.zeros(shape, kind), jnp.zeros((B, K, S))) if kind else jnp.zeros(shape, dtype)
+  return [placed_kv((zeros(B, K, H, S), zeros(B, K, S, H))) for _ in range(cfg.layers)]
 
 
 def placed_kv(kv):
-  return jax.tree.map(lambda x: shard(x, 'BKHS'), kv[0]), jax.tree.map(lambda x: shard(x, 'BKSH'), kv[1])
+  of = lambda dims: lambda x: shard(x, dims if x.ndim == 4 else 'BKS')          # or the scales of one in few bits
+  return jax.tree.map(of('BKHS'), kv[0]), jax.tree.map(of('BKSH'), kv[1])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -111,7 +111,7 @@ def resize(state, length: int):
   def to(x, axis):
     keep = jax.lax.slice_in_dim(x, 0, min(length, x.shape[axis]), axis=axis)
     return jnp.pad(keep, [(0, length - keep.shape[a] if a == axis else 0) for a in range(x.ndim)])
-  both = lambda k, v: (jax.tree.map(lambda x: to(x, 3), k), jax.tree.map(lambda x: to(x, 2), v))
+  both = lambda k, v: (jax.tree.map(lambda x: to(x, x.ndim - 1), k), jax.tree.map(lambda x: to(x, 2), v))
   caches = {name: [both(*kv) for kv in state[name]] for name in CACHES if name in state}
   return placed(state | caches | dict(history=to(state['history'], 1)))
 
@@ -171,12 +171,13 @@ def layer(cfg: config_lib.Model, model, block, carry, kv, slot_R, start_R, prefi
 
 def put_positions(kv, part, slot_A, position_AP):
   """Keys and values with those of `part`, rows of some slots, at some positions."""
-  def put_k(k_BKHS, k_AKHS):
-    k_AKHP = jnp.take_along_axis(k_AKHS, position_AP[:, None, None], 3, mode='clip')
-    return k_BKHS.at[slot_A[:, None], :, :, position_AP].set(k_AKHP.transpose(0, 3, 1, 2), mode='drop')
+  def put_k(k_BKHS, k_AKHS):             # or BKS, as placed_kv
+    k_AKHP = jnp.take_along_axis(k_AKHS, jnp.expand_dims(position_AP, range(1, k_AKHS.ndim - 1)), -1, mode='clip')
+    return k_BKHS.at[slot_A[:, None], ..., position_AP].set(jnp.moveaxis(k_AKHP, -1, 1), mode='drop')
 
   def put_v(v_BKSH, v_AKSH):
-    v_AKPH = jnp.take_along_axis(v_AKSH, position_AP[:, None, :, None], 2, mode='clip')
+    position_AKPH = jnp.expand_dims(position_AP, (1, *range(3, v_AKSH.ndim)))
+    v_AKPH = jnp.take_along_axis(v_AKSH, position_AKPH, 2, mode='clip')
     return v_BKSH.at[slot_A[:, None], :, position_AP].set(v_AKPH.swapaxes(1, 2), mode='drop')
   return jax.tree.map(put_k, kv[0], part[0]), jax.tree.map(put_v, kv[1], part[1])
 

@@ -39,9 +39,17 @@ def key_of(secret: str) -> int:
   return int.from_bytes(hashlib.sha256(secret.encode()).digest()[:4], 'little')
 
 
+def text_of(path) -> str:
+  """Raises ConfigError for a file that is not UTF-8."""
+  try:
+    return pathlib.Path(path).expanduser().read_text(encoding='utf-8')
+  except UnicodeDecodeError as e:
+    raise ConfigError(f'{path}: expected a text in UTF-8 ({e.reason} at byte {e.start}); convert it') from e
+
+
 def read(kind: str, path) -> Watermark:
   """The watermark whose secret is in a file. Raises ConfigError for one that is too short to be one."""
-  secret = pathlib.Path(path).expanduser().read_text().strip()
+  secret = text_of(path).strip()
   if len(secret) < 16:
     raise ConfigError(f'{path}: expected a secret of at least 16 characters, such as `openssl rand -hex 16` makes')
   return Watermark(kind, key_of(secret))
@@ -119,9 +127,8 @@ def main(args: list[str]) -> None:
   with config_lib.one_line_errors('--debug' in args):
     flags = parser.parse_args(args)
     from llm_jax.interop import load
-    tokenizer = load.find(flags.model, verify=False).tokenizer
-    text = pathlib.Path(flags.text).read_text()
-    z, n = detect(read(flags.kind, flags.key_file), tokenizer.encode(text).tolist())
+    mark, text = read(flags.kind, flags.key_file), text_of(flags.text)
+    z, n = detect(mark, load.find(flags.model, verify=False).tokenizer.encode(text).tolist())
     print(f'z = {z:.2f} over {n} tokens: {"marked" if z > 4 else "no mark found"}')
 
 

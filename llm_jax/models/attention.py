@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from llm_jax import config as config_lib
 from llm_jax.config import ConfigError
-from llm_jax.models import layers, ring
+from llm_jax.models import layers, quantize, ring
 from llm_jax.models.view import View, scores
 from llm_jax.sharding import ACT, per_device, shard, spec
 
@@ -61,9 +61,8 @@ def _attend(q_BKGTH, k_BKSH, v_BKSH, view: View, *, window, scale, softcap, slop
   if view.kind == 'bidirectional' and view.key_segment_BS is not view.segment_BT:
     # Cross-attention: a document may have an empty source.
     weight_BKGTS = jnp.where(mask[:, None, None], weight_BKGTS, 0.0)
-  o_BKGTH = jnp.einsum('BKGTS,BKSH->BKGTH', weight_BKGTS.astype(v_BKSH.dtype), v_BKSH,
-                       preferred_element_type=jnp.float32) / sum_BKGT1
-  return o_BKGTH.astype(v_BKSH.dtype), weight_BKGTS / sum_BKGT1
+  o_BKGTH = quantize.einsum('BKGTS,BKSH->BKGTH', weight_BKGTS.astype(q_BKGTH.dtype), v_BKSH, jnp.float32) / sum_BKGT1
+  return o_BKGTH.astype(q_BKGTH.dtype), weight_BKGTS / sum_BKGT1
 
 
 def _heads_first(q_BTNH, k_BSKH, v_BSKH):
@@ -71,7 +70,7 @@ def _heads_first(q_BTNH, k_BSKH, v_BSKH):
   B, T, N, H = q_BTNH.shape
   K = k_BSKH.shape[2]
   q_BKGTH = q_BTNH.swapaxes(1, 2).reshape(B, K, N // K, T, H)
-  heads = q_BKGTH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+  heads = q_BKGTH, *jax.tree.map(lambda x: x.swapaxes(1, 2), (k_BSKH, v_BSKH))
   return layers.settle(heads) if T > 1 else heads     # a decoding step would copy its whole cache
 
 

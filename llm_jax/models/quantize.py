@@ -24,6 +24,10 @@ class Quantized:
   def shape(self):
     return self.q.shape
 
+  @property
+  def grouped(self) -> bool:
+    return any(1 < groups < n for n, groups in zip(self.q.shape, self.scale.shape))
+
   def __getitem__(self, key):
     """Itself: what a parameter is read with is [...]."""
     assert key is ...
@@ -63,18 +67,21 @@ def quantize(x, axes: tuple[int, ...], kind: str = 'int8', group: int = 0) -> Qu
 
 
 def einsum(spec: str, x, w, dtype=None):
-  """jnp.einsum(spec, x, w) in x's dtype, or in `dtype`: where each output has one scale, it is the product that is
-  scaled."""
+  """jnp.einsum(spec, x, w) in x's dtype, or in `dtype`: where it can be, it is not the integers that are scaled but the
+  product, or x, which are smaller."""
   dtype = dtype or x.dtype
   if not isinstance(w, Quantized):
     return jnp.einsum(spec, x, w.astype(x.dtype), preferred_element_type=dtype)
-  summed = [i for i, letter in enumerate(spec.partition('->')[0].partition(',')[2])
-            if letter not in spec.partition('->')[2]]
-  if any(w.scale.shape[i] > 1 for i in summed):
+  inputs, out = spec.split('->')
+  of_x, of_w = inputs.split(',')
+  several = {letter for letter, n in zip(of_w, w.scale.shape) if n > 1}
+  along = lambda letters: w.scale.reshape([w.scale.shape[of_w.index(i)] if i in several else 1 for i in letters])
+  if w.grouped or not (several <= set(out) or several <= set(of_x)):
     return jnp.einsum(spec, x, w.astype(x.dtype), preferred_element_type=dtype)
-  y = jnp.einsum(spec, x, w.q.astype(x.dtype), preferred_element_type=jnp.float32)
-  outer = w.scale.squeeze(tuple(summed))
-  return (y * outer.reshape((1,) * (y.ndim - outer.ndim) + outer.shape)).astype(dtype)
+  if several <= set(out):
+    y = jnp.einsum(spec, x, w.q.astype(x.dtype), preferred_element_type=jnp.float32)
+    return (y * along(out)).astype(dtype)
+  return jnp.einsum(spec, (x * along(of_x)).astype(x.dtype), w.q.astype(x.dtype), preferred_element_type=dtype)
 
 
 def weights(block, kind: str) -> None:
@@ -90,12 +97,21 @@ def weights(block, kind: str) -> None:
         setattr(module, name, nnx.Param(quantize(param[...], axes, of, GROUP if of == 'int4' else 0)))
 
 
-def positions(x, axis: int, like):
-  """x as what it is put into: quantised along `axis`, with a scale for each position and head, where `like` is."""
-  return quantize(x, (axis,)) if isinstance(like, Quantized) else x.astype(like.dtype)
+def positions(x_BTKH, like):
+  """New keys or values as the cache they are put into: in int8 with a scale_BTK, where `like` is. (An axis of one entry
+  at the end would take 128 times the memory on a TPU.)"""
+  if not isinstance(like, Quantized):
+    return x_BTKH.astype(like.dtype)
+  found = quantize(x_BTKH, (3,))
+  return Quantized(found.q, found.scale[..., 0])
+
+
+def cached(x, axis: int):
+  """A cache's keys or values, whose heads lie along `axis`, as what `einsum` multiplies with."""
+  return Quantized(x.q, jnp.expand_dims(x.scale, axis)) if isinstance(x, Quantized) else x
 
 
 def nbytes(tree) -> int:
   """Bytes in memory, where int4 takes half of one."""
-  return sum(math.ceil(x.size * jnp.iinfo(x.dtype).bits / 8) if jnp.issubdtype(x.dtype, jnp.integer) else x.nbytes
-             for x in jax.tree.leaves(tree))
+  bits = lambda x: 4 if x.dtype == jnp.int4 else 8 * x.dtype.itemsize
+  return sum(math.ceil(x.size * bits(x) / 8) for x in jax.tree.leaves(tree))

@@ -75,7 +75,8 @@ class Block(nnx.Module):
       v_BSKH = self.attention.mix_values(v_BSKH, first_v_BTKH)
     if cache is not None:
       cache = layers.settle(extend(cache, k_BSKH, v_BSKH))         # or the carried one and the one read are two
-      k_BSKH, v_BSKH = (x.astype(q_BTNH.dtype).transpose(axes) for x, axes in zip(cache, ((0, 3, 1, 2), (0, 2, 1, 3))))
+      k_BSKH = jax.tree.map(lambda x: x.transpose(0, 3, 1, 2), quantize.cached(cache[0], 2))
+      v_BSKH = jax.tree.map(lambda x: x.transpose(0, 2, 1, 3), quantize.cached(cache[1], 3))
     with jax.named_scope('attention'):
       a_BTD = self.attention(q_BTNH, k_BSKH, v_BSKH, context.view, context.kernel, tap)
     start_BTD = x_BTD
@@ -128,10 +129,10 @@ def extend(cache, k_BTKH, v_BTKH):
   row_BT = jnp.broadcast_to(jnp.arange(B)[:, None], (B, T))
   slot_BT = start_B[:, None] + jnp.arange(T)[None]
   options = dict(mode='drop', unique_indices=True)
-  return (jax.tree.map(lambda old, new: old.at[row_BT, :, :, slot_BT].set(new, **options), k_BKHS,
-                       quantize.positions(k_BTKH, 3, k_BKHS)),
+  return (jax.tree.map(lambda old, new: old.at[row_BT, ..., slot_BT].set(new, **options), k_BKHS,
+                       quantize.positions(k_BTKH, k_BKHS)),
           jax.tree.map(lambda old, new: old.at[row_BT, :, slot_BT].set(new, **options), v_BKSH,
-                       quantize.positions(v_BTKH, 3, v_BKSH)))
+                       quantize.positions(v_BTKH, v_BKSH)))
 
 
 class Transformer(nnx.Module):

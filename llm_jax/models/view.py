@@ -4,7 +4,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from llm_jax.models import layers
+from llm_jax.models import layers, quantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ def scores(q_BKGTH, k_BKSH, view: View, *, window, scale, softcap, slopes_N=None
   False (finite: a row that sees nothing is no NaN). K, G: a kv head and the queries that read it."""
   (K, G, T), S = q_BKGTH.shape[1:4], k_BKSH.shape[2]
   score_BKGTS = layers.settle(
-      jnp.einsum('BKGTH,BKSH->BKGTS', q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)) * scale
+      quantize.einsum('BKGTH,BKSH->BKGTS', q_BKGTH, k_BKSH, jnp.float32)) * scale
   if softcap:
     score_BKGTS = softcap * jnp.tanh(score_BKGTS / softcap)
   if slopes_N is not None:

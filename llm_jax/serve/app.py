@@ -246,7 +246,11 @@ class Server:
       if not isinstance(row[name], str) or len(row[name]) > 100_000:
         raise ApiError(f'{name}: expected a text', name)
     row['messages'] = list(protocol.chat(dict(messages=row['messages']), self.limit).messages)
-    await asyncio.to_thread(self.feedback.add, row | dict(model=self.settings.name))
+    try:
+      await asyncio.to_thread(self.feedback.add, row | dict(model=self.settings.name))
+    except (ConfigError, OSError) as e:
+      raise ApiError(f'the feedback was not kept: {e if isinstance(e, ConfigError) else e.strerror}', None, 507,
+                     'server_error') from e
     return JSONResponse(dict(id=row['id'], kept=True))
 
   async def page(self, request: Request):
