@@ -10,7 +10,7 @@ import tiny
 from hypothesis import strategies as st
 
 from llm_jax import config as config_lib
-from llm_jax import sharding
+from llm_jax import hardware, sharding
 from llm_jax.generate import engine, programs
 from llm_jax.generate.options import Options
 from llm_jax.models import quantize
@@ -115,3 +115,30 @@ def test_a_mesh_computes_the_same(params):
     placed = jax.device_put(params, sharding.named(mesh, sharding.param_specs(params, mesh)))
     _, spread = run(placed, weights='int8', cache='int8', ahead=2)
   assert [r.tokens for r in spread] == [r.tokens for r in alone]
+
+
+def test_a_tpu_reads_fewer_bytes():
+  """A decoding step compiled for a v5e: the integers are read by the products themselves. Were they widened before, it
+  would read more bytes than without them, not fewer."""
+  pytest.importorskip('libtpu', reason="compiling for TPUs needs pip install '.[plan]'")
+  from llm_jax.generate import filters
+  from llm_jax.planner import program
+  device = program.machine(hardware.topology('v5e:2x2')).devices[0]
+  on = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(device)), tree)
+  cfg = tiny.model(layers=2, width=1024, heads=16, kv_heads=8, head_dim=64, mlp_dim=4096, vocab_size=2048,
+                   max_length=8192, tied_embeddings=False, mlp='swiglu', dtype='bfloat16')
+  row = filters.Row(*(x[:16] for x in engine.Engine(CFG, tiny.params(CFG), slots=16).rows))
+  read = {}
+  for weights, cache, length in (('', '', 128), ('int8', '', 128), ('', '', 8192), ('', 'int8', 8192)):
+    plan = programs.Plan(cfg, cfg.vocab_size, 16, cache=cache)
+    params = jax.eval_shape(lambda p, kind=weights: programs.unstack(cfg, p, kind), tiny.shapes(cfg))
+    state = jax.eval_shape(lambda plan=plan, length=length: programs.empty_state(plan, 16, length, 8, 0))
+    step = jax.jit(programs.decode.__wrapped__, static_argnums=0, donate_argnums=3)
+    traced = step.trace(plan, on(params), None, on(state), on(row), on(jnp.arange(16)), on(jnp.int32(1)))
+    cost = traced.lower(lowering_platforms=('tpu',)).compile().cost_analysis()
+    read[weights, cache, length] = cost['bytes accessed'] / 1e6
+    print(f'weights {weights or "bfloat16"}, cache {cache or "bfloat16"} of {length}: '
+          f'{read[weights, cache, length]:.0f} MB a step')
+  assert read['', '', 128] - read['int8', '', 128] > 30                    # of 67 MB of weights
+  assert read['', '', 8192] - read['', 'int8', 8192] > 250                 # of 537 MB of keys and values
