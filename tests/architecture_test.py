@@ -13,7 +13,7 @@ LEVELS = [['config'], ['sharding', 'manifest', 'paths', 'hlo', 'hardware'], ['mo
           ['interop'], ['generate'], ['train'], ['serve', 'tune', 'evals', 'planner'], ['api'],
           ['main', 'sample', 'convert', 'chat', 'evaluate', 'plan', 'bench']]
 RANK = {part: rank for rank, parts in enumerate(LEVELS) for part in parts}
-COMMANDS = {*LEVELS[-1], 'serve.__main__'}
+COMMANDS = {*LEVELS[-1], 'serve.__main__', 'bench.__main__'} - {'bench'}
 # The imports that point up: `--config.model=NAME` looks up a preset, or a model by its path, inside the function that
 # reads the flag.
 ALLOWED = {('config', 'models.presets'), ('config', 'interop.load')}

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import serving
 
-from llm_jax import bench
+from llm_jax.bench import __main__ as bench
+from llm_jax.bench import training
 from llm_jax.models import transformer
 
 FLAGS = ['train', '--layers=1', '--width=64', '--length=32', '--batch=2', '--rounds=2', '--steps=1']
@@ -54,11 +55,11 @@ def test_the_peer_is_in_the_same_table(capsys):
 def test_the_peer_computes_our_loss_and_learns_as_we_do():
   torch = pytest.importorskip('torch', reason="the peer needs pip install -e '.[parity]'")
   flags = argparse.Namespace(layers=2, width=64, length=32, batch=4, dtype='float32')
-  token_BT = np.random.default_rng(0).integers(0, bench.VOCAB, (4, 33), dtype=np.int32)
-  ours, peer = bench.Ours(flags, token_BT), bench.Torch(flags, token_BT, False)
+  token_BT = np.random.default_rng(0).integers(0, training.VOCAB, (4, 33), dtype=np.int32)
+  ours, peer = training.Ours(flags, token_BT), training.Torch(flags, token_BT, False)
   params = jax.tree.map(np.asarray, ours.state['params'])
   block, put = params['blocks0'], lambda to, w: to.weight.data.copy_(torch.from_numpy(np.array(w)))
-  peer.model = bench.torch_gpt(torch, bench.model_of(flags))
+  peer.model = training.torch_gpt(torch, training.model_of(flags))
   put(peer.model.embed, params['embed_VD'])
   put(peer.model.position, params['position_embed_SD'])
   for i, layer in enumerate(peer.model.blocks):

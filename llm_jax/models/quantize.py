@@ -84,17 +84,18 @@ def einsum(spec: str, x, w, dtype=None):
   return jnp.einsum(spec, (x * along(of_x)).astype(x.dtype), w.q.astype(x.dtype), preferred_element_type=dtype)
 
 
-def weights(block, kind: str) -> None:
+def weights(module, kind: str) -> None:
   """Turns a module's matrices, those named w_..., into Quantized ones, but for a router; and the unembedding into int8,
   for in int4 it costs more than all others."""
-  for _, module in nnx.iter_modules(block):
-    for name, param in vars(module).items():
-      prefix, _, dims = name.rpartition('_')
-      if isinstance(param, nnx.Param) and prefix in MATRICES:
-        inner = dims.replace('E', '')[:-1] if dims.endswith('D') else 'D'
-        axes = tuple(i for i, letter in enumerate(dims) if letter in inner)
-        of = 'int8' if prefix == 'unembed' else kind
-        setattr(module, name, nnx.Param(quantize(param[...], axes, of, GROUP if of == 'int4' else 0)))
+  for name, value in list(vars(module).items()):
+    prefix, _, dims = name.rpartition('_')
+    if isinstance(value, nnx.Module):
+      weights(value, kind)
+    elif isinstance(value, nnx.Param) and prefix in MATRICES:
+      inner = dims.replace('E', '')[:-1] if dims.endswith('D') else 'D'
+      axes = tuple(i for i, letter in enumerate(dims) if letter in inner)
+      of = 'int8' if prefix == 'unembed' else kind
+      setattr(module, name, nnx.Param(quantize(value[...], axes, of, GROUP if of == 'int4' else 0)))
 
 
 def positions(x_BTKH, like):

@@ -1,0 +1,51 @@
+"""Speed, each figure beside a peer and the machine's limit, measured in one run:
+
+  python -m llm_jax.bench train [--peer=torch] [--layers=6 --width=384 --length=256 --batch=16] [--rounds=7]
+  python -m llm_jax.bench save [--mb=400] [--rounds=7]        checkpoints, beside Orbax alone
+  python -m llm_jax.bench decode --model=PATH [--peer=torch] [--streams=32] [--new=64]   one stream and many, beside a
+                                                              sweep over the weights, and transformers
+
+  python -m llm_jax.bench serve --model=PATH [--streams=8] [--new=64]     a server under load: first and further tokens
+  python -m llm_jax.bench learn --text=FILE [--recipe=cpu] [--rounds=3] [--peer=torch]   what is learned from a text
+
+Rounds alternate between ours and the peer's, so that a machine whose speed drifts slows both; medians are printed.
+Results that were kept are in docs/benchmarks.md. The peer needs the `parity` extra.
+"""
+import importlib
+import sys
+
+from llm_jax import config as config_lib
+from llm_jax.config import ConfigError
+
+SIZES = dict(layers=6, width=384, length=256, batch=16, rounds=7, steps=2)
+COMMANDS = dict(train=('training', 'train'), save=('saving', 'save'), decode=('decoding', 'decode'),
+                serve=('serving', 'serve'), learn=('learning', 'learn'))
+
+
+def main(argv: list[str]) -> None:
+  parser = config_lib.Parser('llm_jax.bench', __doc__)
+  parser.add_argument('what', choices=tuple(COMMANDS))
+  parser.add_argument('--peer', choices=('none', 'torch'), default='none')
+  parser.add_argument('--compiled', action='store_true', help='also torch.compile (slow to start)')
+  parser.add_argument('--model', help='that decode and serve run')
+  parser.add_argument('--streams', type=int, default=32, help='of decode and serve, at the same time')
+  parser.add_argument('--new', type=int, default=64, help='tokens that decode and serve make')
+  parser.add_argument('--weights', choices=('int8', 'int4'), default='', help='that decode computes with')
+  parser.add_argument('--cache', choices=('int8',), default='', help='of decode')
+  parser.add_argument('--text', help='a file whose perplexity decode prints, or from which learn learns')
+  parser.add_argument('--recipe', default='cpu', help='of configs/shakespeare_char.py, for learn; several: cpu,gpu')
+  parser.add_argument('--mb', type=int, default=400, help='of the state that save writes')
+  parser.add_argument('--dtype', default='auto', choices=('auto', 'float32', 'bfloat16'))
+  for name, value in SIZES.items():
+    parser.add_argument(f'--{name}', type=int, default=value)
+  with config_lib.one_line_errors('--debug' in argv):
+    flags = parser.parse_args(argv)
+    for name in ('mb', 'streams', 'new', *SIZES):
+      if getattr(flags, name) <= 0:
+        raise ConfigError(f'--{name}: expected a positive number, got {getattr(flags, name)}')
+    module, function = COMMANDS[flags.what]
+    getattr(importlib.import_module(f'llm_jax.bench.{module}'), function)(flags)
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])
