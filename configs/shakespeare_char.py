@@ -11,22 +11,27 @@ nanoGPT's validation losses: 1.88 (cpu), 1.4697 (gpu). Here: 1.7865 (cpu, 3 minu
 import base
 
 
-def get_config(size: str = 'cpu'):
-  if size not in ('cpu', 'gpu'):
-    raise base.ConfigError(f"--config=configs/shakespeare_char.py:SIZE: expected 'cpu' or 'gpu', got {size!r}")
+def get_config(recipe: str = 'cpu'):
+  size, _, whose = recipe.partition('_')
+  if size not in ('cpu', 'gpu') or whose not in ('', 'ours'):
+    raise base.ConfigError("--config=configs/shakespeare_char.py:RECIPE: expected cpu, gpu, cpu_ours or gpu_ours, got "
+                           f'{recipe!r}')
   config = base.get_config()
   config.data.source, config.data.path = 'tfds', 'tiny_shakespeare'
   config.data.valid, config.data.valid_path = 'given', 'validation'
   config.data.valid_fraction = 0.1
   config.tokenizer.kind = 'char'
-  config.model = base.preset(
-      'gpt2_124m', vocab_size=0, max_length=0, layers=4, width=128, heads=4, norm_bias=False, attention_bias=False,
-      attention_out_bias=False, mlp_bias=False, mlp='gelu_exact')
+  if whose:
+    config.model.update(vocab_size=0, max_length=0, layers=4, width=128, heads=4)
+  else:
+    config.model = base.preset(
+        'gpt2_124m', vocab_size=0, max_length=0, layers=4, width=128, heads=4, norm_bias=False, attention_bias=False,
+        attention_out_bias=False, mlp_bias=False, mlp='gelu_exact')
+    config.optimizer.name, config.optimizer.learning_rate, config.optimizer.b2 = 'adamw', 1e-3, 0.99
+    config.optimizer.schedule, config.optimizer.warmup_steps, config.optimizer.final_fraction = 'cosine', 100, 0.1
+    config.optimizer.weight_decay = 0.1
   config.data.length = 64
   config.train.batch_size, config.train.steps, config.train.minutes = 12, 2000, 0.0
-  config.optimizer.name, config.optimizer.learning_rate, config.optimizer.b2 = 'adamw', 1e-3, 0.99
-  config.optimizer.schedule, config.optimizer.warmup_steps, config.optimizer.final_fraction = 'cosine', 100, 0.1
-  config.optimizer.weight_decay = 0.1
   config.eval.every, config.eval.batches, config.eval.batch_size = 250, 200, 0
   config.eval.prompts, config.eval.samples, config.eval.python = ('\n',), 0, False
   if size == 'gpu':
