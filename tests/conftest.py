@@ -16,9 +16,9 @@ os.environ.setdefault('JAX_NUMPY_RANK_PROMOTION', 'raise')
 
 @pytest.fixture(scope='module', autouse=True)
 def compiled_here():
-  """Every file compiles its own programs. Each takes some of the 65,530 memory maps that Linux gives a process, at whose
-  end XLA dies of a segmentation fault: those of a file go with it. And a command that a test runs in this process has
-  its programs kept on the disk: not those of the tests after it, some of which look at the compiler's warnings."""
+  """Every file compiles its own programs. Each takes some of the 65,530 memory maps that Linux gives a process, at
+  whose end XLA dies of a segmentation fault: those of a file go with it. And a command that a test runs in this process
+  has its programs kept on the disk: not those of the tests after it, some of which look at the compiler's warnings."""
   yield
   import jax
   from jax.experimental.compilation_cache import compilation_cache
