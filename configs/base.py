@@ -133,6 +133,8 @@ def get_config():
       name='muon',                      # adamw | adafactor | lion | muon
       learning_rate=3e-3,               # peak, of everything but muon's matrices
       matrix_learning_rate=0.02,        # muon: peak of the matrices
+      tuned_width=0,                    # > 0: learning_rate is for a model so wide, and is less for the matrices of a
+                                        # wider one (muP, arXiv 2203.03466); muon's need no rule
       schedule='wsd',                   # constant | linear | cosine | inverse_sqrt | wsd
       warmup_steps=50,                  # linear, at most half of the run
       decay_fraction=0.6,               # wsd: share of the steps that decay

@@ -152,6 +152,7 @@ class Optimizer:
   name: str = 'adamw'
   learning_rate: float = 1e-3
   matrix_learning_rate: float = 0.02
+  tuned_width: int = 0
   schedule: str = 'cosine'
   warmup_steps: int = 100
   decay_fraction: float = 0.4

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict
 
 from llm_jax import config as config_lib
 from llm_jax.config import CHOICES, Config, ConfigError, Model, Source, build, diff, override, to_dict
+from llm_jax.models import transformer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -262,3 +264,23 @@ def test_a_config_file_that_fails_is_one_line(body, tmp_path):
 def test_a_config_without_groups_is_refused():
   with pytest.raises(ConfigError, match='expected a group of keys, got None'):
     build(None)
+
+
+def test_one_dial_sets_the_whole_run():
+  """Compute-optimal: 20 tokens a parameter, unless it says otherwise; deeper is wider, longer and in larger batches."""
+  before = None
+  for depth in (1, 2, 4, 8, 12, 13, 24):
+    cfg = config_lib.build(config_lib.load_file(f'{ROOT}/configs/depth.py:{depth}'))
+    shape = config_lib.derive(dataclasses.replace(cfg.model, vocab_size=64))
+    blocks = jax.eval_shape(lambda key, shape=shape: transformer.init(shape, key), jax.random.key(0))['blocks0']
+    tokens = cfg.train.steps * cfg.train.batch_size * cfg.data.length
+    if depth > 2:                                  # a run has 100 steps at least
+      assert 0.97 < tokens / (20 * transformer.count(blocks)) < 1.03
+    now = (cfg.model.layers, cfg.model.width, cfg.train.batch_size * cfg.data.length, tokens)
+    assert before is None or all(a >= b for a, b in zip(now, before)) and now[1] == 64 * depth
+    before = now
+  longer = config_lib.build(config_lib.load_file(f'{ROOT}/configs/depth.py:4,80'))
+  assert longer.train.steps * longer.train.batch_size > 3.9 * 960 * 256
+  for wrong in ('0', 'x', '4,x', '200'):
+    with pytest.raises(ConfigError, match='depth.py'):
+      config_lib.load_file(f'{ROOT}/configs/depth.py:{wrong}')

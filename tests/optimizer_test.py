@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
@@ -340,3 +341,21 @@ def test_ema():
   np.testing.assert_allclose(late, 2.0 * 0.01, rtol=1e-5)
   same = update(params, params, 0.99, jnp.int32(5))['w_D']
   np.testing.assert_array_equal(same, params['w_D'])
+
+
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+@pytest.mark.parametrize('model', ['gpt2_124m', 'mixtral_8x7b'])
+def test_a_rate_tuned_at_another_width_is_less_where_the_width_is_summed_over(name, model):
+  """Half for twice the width: in all matrices but the embeddings and, with Muon, its own."""
+  cfg = tiny.model(model, tied_embeddings=False)
+  params = tiny.params(cfg)
+  grads = jax.tree.map(lambda w: np.ones_like(w) * 0.1, params)
+  updates = {}
+  for tuned in (0, cfg.width // 2):
+    tx = optimizer.make(config.Optimizer(name=name, weight_decay=0.1, tuned_width=tuned), params)
+    updates[tuned], _ = tx.update(grads, tx.init(params), params)
+  ratio = jax.tree.map(lambda a, b: float(np.median(np.asarray(b / a))), updates[0], updates[cfg.width // 2])
+  for path, found in jax.tree_util.tree_leaves_with_path(ratio):
+    leaf = path[-1].key.partition('_')[0]
+    wide = leaf in ('w', 'unembed') and not (name == 'muon' and path[-1].key.split('_')[1] != 'router' and leaf == 'w')
+    np.testing.assert_allclose(found, 0.5 if wide else 1, rtol=1e-5, err_msg=str(path))

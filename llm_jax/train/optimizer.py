@@ -70,9 +70,15 @@ def make(cfg: config.Optimizer, params) -> optax.GradientTransformation:
   muon       kellerjordan.github.io/posts/muon: Nesterov momentum, orthogonalised per layer, times
              sqrt(max(1, out / in)), with peak matrix_learning_rate, for the matrices of `muon_labels`; AdamW
              for the rest.
+  With tuned_width, matrices that sum over the model's width have a peak of learning_rate * tuned_width / width (muP,
+  arXiv 2203.03466: what an update changes of their outputs then does not grow with the width); muon's have it built in.
   """
   adam = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps)
   labels = muon_labels(params)
+  rates = labels if cfg.name == 'muon' else jax.tree.map(lambda _: 'rest', labels)
+  if cfg.tuned_width:
+    rates = jax.tree_util.tree_map_with_path(
+        lambda path, rate: 'wide' if rate == 'rest' and sums_over_width(sharding.dims_of(path)) else rate, rates)
   direction = {
       'adamw': adam,
       'adafactor': optax.chain(
@@ -81,12 +87,14 @@ def make(cfg: config.Optimizer, params) -> optax.GradientTransformation:
       'lion': optax.scale_by_lion(cfg.b1, cfg.b2),
       'muon': optax.partition({'matrix': _scale_by_muon(cfg), 'rest': adam}, labels),
   }[cfg.name]
-  peaks = {'matrix': optax.scale(-cfg.matrix_learning_rate), 'rest': optax.scale(-cfg.learning_rate)}
+  wide = cfg.learning_rate * (cfg.tuned_width or 1) / width_of(params)
+  peaks = {name: optax.scale(-rate) for name, rate in dict(
+      matrix=cfg.matrix_learning_rate, rest=cfg.learning_rate, wide=wide).items()}
   return optax.chain(
       optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
       direction,
       optax.add_decayed_weights(cfg.weight_decay, mask=decayed(params)) if cfg.weight_decay else optax.identity(),
-      optax.partition(peaks, labels) if cfg.name == 'muon' else peaks['rest'])
+      optax.partition(peaks, rates) if len(set(jax.tree.leaves(rates))) > 1 else peaks['rest'])
 
 
 def decayed(params):
@@ -101,6 +109,20 @@ def muon_labels(params):
   """'matrix' for each parameter that Muon orthogonalises, 'rest' for each that AdamW takes."""
   return jax.tree_util.tree_map_with_path(
       lambda path, _: 'matrix' if _matrix_axes(sharding.dims_of(path)) else 'rest', params)
+
+
+def sums_over_width(dims: str) -> bool:
+  """Whether a matrix of these letters sums over D or over what grows with it, NH and F: all but the embeddings."""
+  letters = dims.lstrip('LE')
+  return letters == 'DV' or dims.lstrip('L') == 'DE' or _matrix_axes(dims) is not None
+
+
+def width_of(params) -> int:
+  """D of a model's parameters."""
+  for path, x in jax.tree_util.tree_leaves_with_path(params):
+    if 'D' in (dims := sharding.dims_of(path)):
+      return x.shape[dims.index('D')]
+  return 1
 
 
 def _matrix_axes(dims):
