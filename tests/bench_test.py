@@ -1,5 +1,10 @@
 """The bench prints ours, the peer and the limit of one run, and its peer is the same model."""
 import argparse
+import os
+import pathlib
+import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -10,6 +15,7 @@ from llm_jax.bench import __main__ as bench
 from llm_jax.bench import training
 from llm_jax.models import transformer
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 FLAGS = ['train', '--layers=1', '--width=64', '--length=32', '--batch=2', '--rounds=2', '--steps=1']
 
 
@@ -44,6 +50,18 @@ def test_a_server_under_load(capsys, tmp_path, monkeypatch):
   bench.main(['serve', f'--model={model}', '--streams=2', '--new=4', '--rounds=2'])
   out = capsys.readouterr().out
   assert out.count('first token') == 2 and ' 1 stream(s)' in out and ' 2 stream(s)' in out and out.count(' ms') == 4
+
+
+def test_what_is_learned_beside_the_peer(tmp_path):
+  """On one device, as 12 rows want. After so few steps the peer knows little more than nothing, ln 28 = 3.3."""
+  pytest.importorskip('torch', reason="the peer needs pip install -e '.[parity]'")
+  (tmp_path / 'text').write_text('the quick brown fox jumps over the lazy dog. ' * 2000)
+  out = subprocess.run(
+      [sys.executable, '-m', 'llm_jax.bench', 'learn', f'--text={tmp_path / "text"}', '--recipe=cpu_ours', '--rounds=1',
+       '--learn_steps=30', '--peer=torch'], env=os.environ | dict(XLA_FLAGS='', XDG_CACHE_HOME=str(tmp_path)),
+      capture_output=True, text=True, timeout=600, cwd=ROOT)
+  losses = [float(x) for x in re.findall(r'^ +(?:cpu_ours|nanoGPT, torch) +loss ([0-9.]+) ', out.stdout, re.M)]
+  assert len(losses) == 2 and losses[0] < losses[1] < 3.3, out.stdout + out.stderr
 
 
 def test_the_peer_is_in_the_same_table(capsys):

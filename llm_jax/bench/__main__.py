@@ -34,13 +34,14 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--cache', choices=('int8',), default='', help='of decode')
   parser.add_argument('--text', help='a file whose perplexity decode prints, or from which learn learns')
   parser.add_argument('--recipe', default='cpu', help='of configs/shakespeare_char.py, for learn; several: cpu,gpu')
+  parser.add_argument('--learn_steps', type=int, default=2000, help='of learn')
   parser.add_argument('--mb', type=int, default=400, help='of the state that save writes')
   parser.add_argument('--dtype', default='auto', choices=('auto', 'float32', 'bfloat16'))
   for name, value in SIZES.items():
     parser.add_argument(f'--{name}', type=int, default=value)
   with config_lib.one_line_errors('--debug' in argv):
     flags = parser.parse_args(argv)
-    for name in ('mb', 'streams', 'new', *SIZES):
+    for name in ('mb', 'streams', 'new', 'learn_steps', *SIZES):
       if getattr(flags, name) <= 0:
         raise ConfigError(f'--{name}: expected a positive number, got {getattr(flags, name)}')
     module, function = COMMANDS[flags.what]

@@ -17,9 +17,11 @@ def learn(flags) -> None:
   import jax
   if not flags.text:
     raise ConfigError('--text: expected a file, such as tiny Shakespeare; its last tenth is held out')
-  runs = {recipe: lambda seed, recipe=recipe: ours(recipe, flags.text, seed) for recipe in flags.recipe.split(',')}
+  cfg = lambda recipe, seed: config_of(recipe, flags.text, seed, flags.learn_steps)
+  recipes = flags.recipe.split(',')
+  runs = {recipe: lambda seed, recipe=recipe: ours(cfg(recipe, seed)) for recipe in recipes}
   if flags.peer == 'torch':
-    runs['nanoGPT, torch'] = lambda seed: peer(config_of(flags.recipe.split(',')[0], flags.text, 0), seed)
+    runs['nanoGPT, torch'] = lambda seed: peer(cfg(recipes[0], seed))
   found = {name: [] for name in runs}
   for seed in range(flags.rounds):
     for name, run in runs.items():
@@ -32,28 +34,28 @@ def learn(flags) -> None:
           f'{statistics.median(seconds):.0f} s')
 
 
-def config_of(recipe: str, text: str, seed: int) -> config_lib.Config:
+def config_of(recipe: str, text: str, seed: int, steps: int) -> config_lib.Config:
   """That of configs/shakespeare_char.py:recipe on a text, whose last tenth is held out; nothing is shown or kept."""
   wanted = {'data.source': 'text', 'data.path': os.path.abspath(text), 'data.valid': 'tail', 'train.seed': seed,
-            'eval.every': 0, 'eval.prompts': '()', 'checkpoint.every': 0, 'log.every': 1000, 'log.progress': 'lines',
-            'log.tensorboard': False}
+            'train.steps': steps, 'eval.every': 0, 'eval.prompts': '()', 'checkpoint.every': 0, 'log.every': 1000,
+            'log.progress': 'lines', 'log.tensorboard': False}
   flags = [f'--config={CONFIG}:{recipe}', *(f'--config.{name}={value}' for name, value in wanted.items())]
   return config_lib.from_flags(flags, {})[0]
 
 
-def ours(recipe: str, text: str, seed: int) -> tuple[float, float]:
+def ours(cfg: config_lib.Config) -> tuple[float, float]:
   """(loss of the held-out text, seconds of all steps) of a run; compiling is not counted."""
   import contextlib
   import io
 
   from llm_jax.train import clock, loop
   with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-    figures = loop.train(config_of(recipe, text, seed), folder)
+    figures = loop.train(cfg, folder)
     parts = clock.read(folder)['parts']
   return figures['validation loss'], parts['step'] + parts['input']
 
 
-def peer(cfg: config_lib.Config, seed: int) -> tuple[float, float]:
+def peer(cfg: config_lib.Config) -> tuple[float, float]:
   """nanoGPT's way with the same sizes, steps and tokens: AdamW, 1e-3 to 1e-4 by a cosine after 100 steps, weights drawn
   with a deviation of 0.02, random windows (github.com/karpathy/nanoGPT)."""
   import math
@@ -67,8 +69,8 @@ def peer(cfg: config_lib.Config, seed: int) -> tuple[float, float]:
   text = pathlib.Path(cfg.data.path).read_text()
   alphabet, ids = np.unique(np.frombuffer(text.encode('utf-32-le'), np.uint32), return_inverse=True)
   cut, T, B = int(0.9 * len(ids)), cfg.data.length, cfg.train.batch_size
-  torch.manual_seed(seed)
-  rng = np.random.default_rng(seed)
+  torch.manual_seed(cfg.train.seed)
+  rng = np.random.default_rng(cfg.train.seed)
   shape = config_lib.derive(config_lib.Model(vocab_size=len(alphabet), layers=cfg.model.layers, width=cfg.model.width,
                                              heads=cfg.model.heads, max_length=T))
   model = training.torch_gpt(torch, shape)
