@@ -3,10 +3,12 @@ optimizer and schedule; the initial weights are drawn as everywhere here, not al
 
   python -m llm_jax.main --config=configs/shakespeare_char.py          size cpu: 4 x 128, 2,000 steps of 12 x 64
   python -m llm_jax.main --config=configs/shakespeare_char.py:gpu      size gpu: 6 x 384, 5,000 steps of 64 x 256
+  ... :cpu_ours, :gpu_ours       the same sizes and tokens, base.py's model and Muon
 
 The text comes from tfds (tiny_shakespeare, downloaded once), or from a file, split 90/10 as nanoGPT does:
   --config.data.source=text --config.data.path=input.txt --config.data.valid=tail
-nanoGPT's validation losses: 1.88 (cpu), 1.4697 (gpu). Here: 1.7865 (cpu, 3 minutes on 2 cores); gpu not run.
+nanoGPT's validation losses: 1.88 (cpu), 1.4697 (gpu). Here: 1.7865 (cpu, 3 minutes on 2 cores), 1.56 (cpu_ours); gpu
+not run. `python -m llm_jax.bench learn --text=input.txt --recipe=cpu,cpu_ours --peer=torch` compares them.
 """
 import base
 
@@ -23,6 +25,7 @@ def get_config(recipe: str = 'cpu'):
   config.tokenizer.kind = 'char'
   if whose:
     config.model.update(vocab_size=0, max_length=0, layers=4, width=128, heads=4)
+    config.optimizer.decay_fraction, config.optimizer.weight_decay, config.optimizer.momentum = 1.0, 0.0, 0.9
   else:
     config.model = base.preset(
         'gpt2_124m', vocab_size=0, max_length=0, layers=4, width=128, heads=4, norm_bias=False, attention_bias=False,
