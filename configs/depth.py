@@ -4,15 +4,14 @@
 
 Width is 64 times the depth, heads have 64 (128 from depth 12 on). The horizon is compute-optimal by default: 20 tokens
 for each parameter (arXiv 2203.15556), embeddings not counted. The batch grows as the tokens to the power of 0.4 (arXiv
-2505.13738), from 2**19 tokens for 10 billion. The rates are base.py's, found at width 128, whose rule for other widths
-is optimizer.tuned_width. `:DEPTH,TOKENS_PER_PARAMETER` trains longer or shorter.
+2505.13738), from 2**19 tokens for 10 billion. The rates are base.py's, taken as width 128's; other widths follow
+by optimizer.tuned_width. `:DEPTH,TOKENS_PER_PARAMETER` trains longer or shorter. What it learns was not measured yet.
 """
 import math
 
 import base
 
 LENGTH = 256             # up to depth 8; then 1,024
-VOCAB = 4096             # as the tokenizer is asked for
 
 
 def parameters(depth: int) -> int:

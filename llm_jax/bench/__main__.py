@@ -6,7 +6,8 @@
                                                               sweep over the weights, and transformers
 
   python -m llm_jax.bench serve --model=PATH [--streams=8] [--new=64]     a server under load: first and further tokens
-  python -m llm_jax.bench learn --text=FILE [--recipe=cpu] [--rounds=3] [--peer=torch]   what is learned from a text
+  python -m llm_jax.bench learn --text=FILE [--recipe=cpu] [--rounds=3] [--learn_steps=2000] [--peer=torch]
+                                                              what is learned from a text, beside nanoGPT's recipe
 
 Rounds alternate between ours and the peer's, so that a machine whose speed drifts slows both; medians are printed.
 Results that were kept are in docs/benchmarks.md. The peer needs the `parity` extra.
