@@ -311,17 +311,11 @@ class Engine:
 
   def through(self, cfg, weights, name, token, slot_R, start_R, length_R):
     """The layers' output over the tokens, whose keys and values are put into the cache."""
-    model, blocks = weights
     prefix_R = length_R if cfg.attention == 'prefix' else None
     memory = (self.state['memory'], self.state['memory_segment']) if cfg.encoder_layers else None
-    x = programs.embed(cfg, model, token, start_R)
-    carry, embedded, cache = (x, None), x if cfg.embedding_skips else None, []
-    for index, (block, kv) in enumerate(zip(blocks, self.state[name])):
-      carry, kv = programs.layer(cfg, model, block, carry, kv, slot_R, start_R, prefix_R, np.int32(index), embedded,
-                                 memory)
-      cache.append(kv)
+    x, cache = programs.through(cfg, weights, token, start_R, self.state[name], slot_R, prefix_R, memory)
     self.state = self.state | {name: cache}
-    return carry[0]
+    return x
 
   # Decoding -----------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from llm_jax import config as config_lib
@@ -167,6 +168,17 @@ def layer(cfg: config_lib.Model, model, block, carry, kv, slot_R, start_R, prefi
     context = transformer.with_memory(context, memory[0][slot_R], memory[1][slot_R], T)
   x_RTD, first_v, extended, _ = block(x_RTD, first_v, context, index, (*jax.tree.map(lambda x: x[slot_R], kv), start_R))
   return (x_RTD, first_v), placed_kv(put_positions(kv, extended, slot_R, position_RT))
+
+
+def through(cfg: config_lib.Model, weights, token_RT, start_R, cache=None, slot_R=None, prefix_R=None, memory=None):
+  """The layers' output over T tokens of R rows, and the cache that they extend, where there is one: see `layer`."""
+  model, blocks = weights
+  x_RTD = embed(cfg, model, token_RT, start_R)
+  carry, embedded, extended = (x_RTD, None), x_RTD if cfg.embedding_skips else None, []
+  for index, (block, kv) in enumerate(zip(blocks, cache or [None] * len(blocks))):
+    carry, kv = layer(cfg, model, block, carry, kv, slot_R, start_R, prefix_R, np.int32(index), embedded, memory)
+    extended.append(kv)
+  return carry[0], extended
 
 
 def put_positions(kv, part, slot_A, position_AP):

@@ -32,19 +32,12 @@ class Scorer:
 
   def _hidden(self, token_BT):
     """The last layer's output, layer by layer as the engine reads its prompts."""
-    model, blocks = self.weights
-    start_B = np.zeros(len(token_BT), np.int32)
-    x = programs.embed(self.cfg, model, token_BT, start_B)
-    carry, embedded = (x, None), x if self.cfg.embedding_skips else None
-    for i, block in enumerate(blocks):
-      carry, _ = programs.layer(self.cfg, model, block, carry, None, None, start_B, None, np.int32(i), embedded, None)
-    return carry[0]
+    return programs.through(self.cfg, self.weights, token_BT, np.zeros(len(token_BT), np.int32))[0]
 
   def warm_up(self) -> None:
     """Compiles every program that a text may need."""
     for length in sorted({self._length(1 << k) for k in range(4, self.limit.bit_length() + 1)}):
-      ids = [0] * min(length, self.limit)
-      self(ids, 0), self.embedding(ids)
+      self([0] * length, 0), self.embedding([0] * length)
 
   def _length(self, n: int) -> int:
     return min(bucket(n, 16), self.limit)

@@ -73,7 +73,9 @@ def project(spec: str, x, *ws):
 def _project_fwd(spec, x, *ws):
   if not on_one_cpu():
     return [quantize.einsum(spec, x, w) for w in ws], (x, ws)
-  return _products(x, [widened(w, x.dtype) for w in ws]), (x, ws)
+  # Quantised weights multiplied as they are would be by one core.
+  wide = [settle(w.astype(x.dtype)) if isinstance(w, quantize.Quantized) else w for w in ws]
+  return _products(x, wide), (x, ws)
 
 
 def _project_bwd(spec, saved, gs):
@@ -87,11 +89,6 @@ def _project_bwd(spec, saved, gs):
 
 
 project.defvjp(_project_fwd, _project_bwd)
-
-
-def widened(w, dtype):
-  """Quantised weights as an array, on one CPU device: multiplied as they are, they would be by one core."""
-  return settle(w.astype(dtype)) if isinstance(w, quantize.Quantized) and on_one_cpu() else w
 
 
 def on_one_cpu() -> bool:
