@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from tiny import model, params, quick_jit
 
+from llm_jax import config as config_lib
 from llm_jax import sharding
 from llm_jax.config import ConfigError, Mesh
 from llm_jax.models import attention, transformer
 from llm_jax.models.attention import BLOCK, attend_causal, attend_cudnn, attend_splash, attend_xla, choose
 from llm_jax.models.layers import alibi_slopes
 from llm_jax.models.view import View, visible
+from llm_jax.train import optimizer, step
 
 SEGMENT_BT = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 0, 0]])      # two documents of five tokens, two of padding
 POSITION_BT = np.array([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]])
@@ -251,3 +253,30 @@ def test_cudnn_lowers_for_a_gpu(monkeypatch):
   for call in ('fmhaSoftmax(', 'fmhaSoftmaxBackward('):
     line = next(line for line in text.splitlines() if call in line)
     assert '"mask_type": "CAUSAL"' in line and '"fmha_scale": 0.25' in line and '"sliding_window_length": 32' in line
+
+
+def step_text(kernel: str) -> str:
+  """The training step of a model of two layers, lowered for CUDA as if cuDNN were installed."""
+  model = dataclasses.replace(FULL, dtype='bfloat16', kernel=kernel, qk_norm='head')
+  cfg = config_lib.Config(model=model, data=config_lib.Data(length=128), train=config_lib.Train(batch_size=2))
+  tx = optimizer.make(cfg.optimizer, jax.eval_shape(lambda: transformer.init(model, jax.random.key(0))))
+  state = jax.eval_shape(lambda: step.init_state(cfg, model, tx, jax.random.key(0)))
+  batch = {name: jax.ShapeDtypeStruct((2, 128), dtype) for name, dtype in dict(
+      token_BT=jnp.int32, target_BT=jnp.int32, mask_BT=jnp.float32).items()}
+  traced = jax.jit(step.make_train_step(cfg, model, tx, kernel)).trace(state, batch)
+  return traced.lower(lowering_platforms=('cuda',)).as_text()
+
+
+def test_the_kernel_of_the_banner_is_in_the_step(monkeypatch):
+  """A whole step for a GPU: flash attention forward and backward; a step without them is refused."""
+  monkeypatch.setattr('jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version', lambda: 91_000, raising=False)
+  try:
+    text = step_text('cudnn')
+  except RuntimeError as e:
+    pytest.skip(f'this jax lowers cuDNN attention only where cuDNN is installed: {e}')
+  attention.verify('cudnn', text)
+  assert 'custom_call @__cudnn$fmhaSoftmax(' in text and 'custom_call @__cudnn$fmhaSoftmaxBackward(' in text
+  for kernel in ('cudnn', 'splash', 'ring'):
+    with pytest.raises(RuntimeError, match=f"attention does not run by '{kernel}'.*kernel=xla trains without it"):
+      attention.verify(kernel, step_text('xla'))
+  attention.verify('xla', step_text('xla'))

@@ -180,6 +180,18 @@ def choose(cfg: config_lib.Model, platform: str, dtype: str, length: int, packed
   return best, f'the fastest on {platform}'
 
 
+MARKS = dict(cudnn=('__cudnn$fmha',), splash=('splash', 'tpu_custom_call'), ring=('collective-permute',))
+
+
+def verify(kernel: str, text: str) -> None:
+  """Raises RuntimeError where a compiled program (its HLO text) does not hold the kernel that the banner names: it
+  would train all the same, at half the speed."""
+  missing = [mark for mark in MARKS.get(kernel, ()) if mark not in text]
+  if missing:
+    raise RuntimeError(f'the compiled step has no {" or ".join(missing)}, so attention does not run by {kernel!r}; '
+                       "--config.model.kernel=xla trains without it; please report the versions of jax and jaxlib")
+
+
 class Attention(nnx.Module):
   """Multi-head attention with grouped kv heads. Query scale is 1/sqrt(H) unless the config sets one."""
 

@@ -196,7 +196,9 @@ def compile_step(cfg: config_lib.Config, machine: Machine, full: bool = False) -
     lowered = traced.lower()
 
   def read(compiled, quick) -> Program:
-    cost, flops = hlo.count(compiled.as_text(), dict(mesh.shape)), metrics.flops_per_token(model, cfg.data.length)
+    text = compiled.as_text()
+    attention.verify(kernel, text)
+    cost, flops = hlo.count(text, dict(mesh.shape)), metrics.flops_per_token(model, cfg.data.length)
     in_kernels = _kernel_flops(cost, flops, cfg, model, len(machine.devices) // mesh.shape['stage'], microbatches)
     return Program(
         cfg, model, machine, dict(mesh.shape), microbatches, kernel, transformer.count(state['params']),

@@ -232,6 +232,8 @@ class Run:
       batch = sharding.put_batch(self.batches(self.first_step, self.rows()), self.mesh)
       self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None),
                                 compiler_options=layers.compiler_options()).lower(self.abstract, batch).compile()
+    if self.kernel in attention.MARKS:
+      attention.verify(self.kernel, self.train_step.as_text())
     self.eval_step = jax.jit(step_lib.make_eval_step(cfg, self.model, self.kernel),
                              compiler_options=layers.compiler_options())
 
