@@ -201,38 +201,46 @@ class Program:
 
   def total(self, name: str, env: dict[int, int], fused: bool) -> collections.Counter:
     """One execution of a computation, by (what, which). env: the elements of its parameter that are known numbers."""
-    total = collections.Counter()
-    comp = self.computations[name]
+    total, comp = collections.Counter(), self.computations[name]
     for op in comp.ops.values():
-      kind, inner, times = op.opcode.removesuffix('-start'), None, 1
-      if not fused:
-        total['bytes', ''] += self.traffic(comp, op)
-      if kind == 'while':
-        times, kept = self.trips(comp, op, env)
-        if times is None:
-          self.unknown.add((name, op.name))
-        inner = self.total(op.attr('body'), kept, fused)
-      elif kind == 'conditional':
-        branches = re.findall(r'%([\w.-]+)', op.attr('branch_computations', r'\{([^}]*)\}') or '')
-        branches = branches or [op.attr('true_computation'), op.attr('false_computation')]
-        inner = max((self.total(b, {}, fused) for b in branches), key=lambda t: (t['flops', ''], t['bytes', '']))
-      elif kind in ('fusion', 'call', 'async'):
-        inner = self.total(op.attr('calls') or op.attr('to_apply'), {}, fused or kind == 'fusion')
-      elif kind == 'dot':
+      for key, n in self.cost(comp, op, env, fused).items():
+        total[key] += n
+    return total
+
+  def cost(self, comp: Computation, op: Op, env: dict[int, int], fused: bool) -> collections.Counter:
+    """One execution of an operation, with what it calls."""
+    total, kind, inner, times = collections.Counter(), op.opcode.removesuffix('-start'), None, 1
+    if not fused:
+      total['bytes', ''] += self.traffic(comp, op)
+    if kind == 'while':
+      times, kept = self.trips(comp, op, env)
+      if times is None:
+        self.unknown.add(op.name)
+      inner = self.total(op.attr('body'), kept, fused)
+    elif kind == 'conditional':
+      branches = re.findall(r'%([\w.-]+)', op.attr('branch_computations', r'\{([^}]*)\}') or '')
+      branches = branches or [op.attr('true_computation'), op.attr('false_computation')]
+      inner = max((self.total(b, {}, fused) for b in branches), key=lambda t: (t['flops', ''], t['bytes', '']))
+    elif kind in ('fusion', 'call', 'async'):
+      inner = self.total(op.attr('calls') or op.attr('to_apply'), {}, fused or kind == 'fusion')
+    elif kind == 'dot':
+      lhs = comp.ops[op.operands[0]].dims
+      contracted = ints(op.attr('lhs_contracting_dims', r'\{([\d,]*)\}'))
+      total['flops', ''] += 2 * math.prod(op.dims) * math.prod(lhs[i] for i in contracted)
+    elif kind == 'convolution':
+      total['flops', ''] += convolution_flops(op, *(comp.ops[o].dims for o in op.operands[:2]))
+    elif kind == 'custom-call' and not op.calls(*BOOKKEEPING):
+      target = op.attr('custom_call_target', '"([^"]*)"')
+      total['call', kernel_name(op) if target == 'tpu_custom_call' else target] += 1
+      total['flops', ''] += sum(ints(''.join(re.findall(r'"cost_estimate":\{"flops":"?(\d+)', op.config))))
+      if m := re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', op.config):       # a GPU's library product
         lhs = comp.ops[op.operands[0]].dims
-        contracted = ints(op.attr('lhs_contracting_dims', r'\{([\d,]*)\}'))
-        total['flops', ''] += 2 * math.prod(op.dims) * math.prod(lhs[i] for i in contracted)
-      elif kind == 'convolution':
-        total['flops', ''] += convolution_flops(op, *(comp.ops[o].dims for o in op.operands[:2]))
-      elif kind == 'custom-call' and not op.calls(*BOOKKEEPING):
-        target = op.attr('custom_call_target', '"([^"]*)"')
-        total['call', kernel_name(op) if target == 'tpu_custom_call' else target] += 1
-        total['flops', ''] += sum(ints(''.join(re.findall(r'"cost_estimate":\{"flops":"?(\d+)', op.config))))
-      elif kind in KINDS and not self.continues(comp, op) and (sent := self.collective(comp, op, kind, fused)):
-        total['sent', sent[0]] += sent[1]
-        total['collective', sent[0]] += 1
-      for key, n in (inner or {}).items():
-        total[key] += n * (1 if times is None else times)
+        total['flops', ''] += 2 * math.prod(op.dims) * math.prod(lhs[i] for i in ints(m[1]))
+    elif kind in KINDS and not self.continues(comp, op) and (sent := self.collective(comp, op, kind, fused)):
+      total['sent', sent[0]] += sent[1]
+      total['collective', sent[0]] += 1
+    for key, n in (inner or {}).items():
+      total[key] += n * (1 if times is None else times)
     return total
 
   def continues(self, comp: Computation, op: Op) -> bool:

@@ -26,6 +26,14 @@ def test_ours_beside_the_limit(capsys):
   assert 'llm_jax' in out and 'ours/this 1.00x' in out and 'limit' in out and out.count('tok/s') == 2
 
 
+def test_a_step_explained(capsys):
+  """The parts are a whole step, its products and its attention among them."""
+  bench.main([*FLAGS, '--explain'])
+  rows = re.findall(r'^ +([a-z/]+) +([\d.]+) ms +([\d.]+)%', capsys.readouterr().out, re.M)
+  assert {'matmul', 'attention', 'norm/elementwise', 'loss', 'optimizer'} <= {part for part, _, _ in rows}
+  assert abs(sum(float(share) for _, _, share in rows) - 100) < 1
+
+
 def test_a_save_beside_orbax_alone(capsys):
   bench.main(['save', '--mb=50', '--rounds=1'])
   out = capsys.readouterr().out

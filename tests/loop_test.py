@@ -103,6 +103,7 @@ def test_resumed_equals_uninterrupted_to_the_bit(whole, tmp_path, monkeypatch, c
   runs.train(tmp_path, **HARD | dict(log__profile='5:100'))     # in the middle of the range: it traces what is left
   assert f'resuming {tmp_path / "run"} at step {stopped}' in capsys.readouterr().out
   assert checkpoint.latest_step(tmp_path / 'run') == 10
+  assert 'part of a step' in (reference / 'run' / 'report.md').read_text()
   wanted = runs.state_bits(reference / 'run')
   assert runs.state_bits(tmp_path / 'run') == wanted
   assert any('ema' in name for name in wanted) and any('opt_state' in name for name in wanted)

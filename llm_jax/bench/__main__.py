@@ -1,6 +1,7 @@
 """Speed, each figure beside a peer and the machine's limit, measured in one run:
 
   python -m llm_jax.bench train [--peer=torch] [--layers=6 --width=384 --length=256 --batch=16] [--rounds=7]
+                                                              --explain: where a step's time goes
   python -m llm_jax.bench save [--mb=400] [--rounds=7]        checkpoints, beside Orbax alone
   python -m llm_jax.bench decode --model=PATH [--peer=torch] [--streams=32] [--new=64]   one stream and many, beside a
                                                               sweep over the weights, and transformers
@@ -28,6 +29,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument('what', choices=tuple(COMMANDS))
   parser.add_argument('--peer', choices=('none', 'torch'), default='none')
   parser.add_argument('--compiled', action='store_true', help='also torch.compile (slow to start)')
+  parser.add_argument('--explain', action='store_true', help="of train: where a step's time goes, by part")
   parser.add_argument('--model', help='that decode and serve run')
   parser.add_argument('--streams', type=int, default=32, help='of decode and serve, at the same time')
   parser.add_argument('--new', type=int, default=64, help='tokens that decode and serve make')

@@ -155,4 +155,23 @@ def train(flags) -> None:
     ratio = statistics.median(theirs / mine for theirs, mine in zip(seconds[run.name], ours))
     print(f'{run.name:>24}  {rate:>9,.0f} tok/s  MFU {rate * flops["causal"] / peak.flops:.1%}  '
           f'ours/this {ratio:.2f}x  compile {run.compile_s:.1f} s')
+  if flags.explain:
+    print_explained(runs[0], flags.steps)
   print(f'{"limit":>24}  {peak.flops / flops["causal"]:>9,.0f} tok/s  ({peak.source})')
+
+
+def print_explained(run: Ours, steps: int) -> None:
+  """Where the time of a step goes, by part, beside each part's roofline."""
+  import tempfile
+
+  import jax
+
+  from llm_jax.train import explain
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder):
+      start = time.perf_counter()
+      run.run(steps)
+      seconds = (time.perf_counter() - start) / steps
+    explained = explain.read(folder, run.step.as_text(), steps, seconds, 0.0, *explain.limits())
+  for part, spent, share, least in explain.rows(explained):
+    print(f'{part:>24}  {spent:>12}  {share:>6}' + (f'  roofline {least}' if least else ''))

@@ -22,9 +22,9 @@ from llm_jax.interop import families
 from llm_jax.interop import load as interop
 from llm_jax.models import attention, layers, pipeline, transformer
 from llm_jax.train import clock as clock_lib
+from llm_jax.train import explain, report
 from llm_jax.train import metrics as metrics_lib
 from llm_jax.train import optimizer as optimizer_lib
-from llm_jax.train import report
 from llm_jax.train import resume as resume_lib
 from llm_jax.train import step as step_lib
 from llm_jax.train.budget import UNKNOWN, Budget
@@ -285,7 +285,7 @@ class Run:
     while step < budget.horizon and not self.error and not self.stop.reached(step):
       if step in profiled and not self.profiling:
         start_profile(self.workdir / 'profile')
-        self.profiling = True
+        self.profiling, self.profile_from = True, (step, time.perf_counter(), self.clock.parts()['input'])
       with self.clock('input'):
         try:
           batch = sharding.put_batch(next(prefetch)[1], self.mesh)
@@ -302,7 +302,7 @@ class Run:
       step += 1
       if self.profiling and (step not in profiled or step >= budget.horizon or self.stop.asked):
         jax.block_until_ready(self.state)
-        self.stop_profile()
+        self.stop_profile(step)
       if step < budget.horizon and budget.plan(step, lambda: jax.block_until_ready(self.state['step'])):
         self.set_horizon(budget.horizon)
         self.logger.total_steps = budget.horizon
@@ -351,12 +351,17 @@ class Run:
       damaged = ''.join(f'; step {n} is {why}' for n, why in self.found.damaged.items())
       self.logger.event(step, 'resumed', f'at step {step}, {self.found.verified}{damaged}', quiet=True)
 
-  def stop_profile(self) -> None:
-    """Writes the trace, also where an error ends the loop inside the range."""
-    if self.profiling:
-      self.profiling = False
-      jax.profiler.stop_trace()
-      print(f'profile of steps {self.cfg.log.profile} in {self.workdir / "profile"}', flush=True)
+  def stop_profile(self, step: int = 0) -> None:
+    """Writes the trace, also where an error ends the loop inside the range; and where `step` says how far the range
+    went, how a step's time is divided."""
+    if not self.profiling:
+      return
+    self.profiling, (first, since, waited) = False, self.profile_from
+    seconds, waited = time.perf_counter() - since, self.clock.parts()['input'] - waited
+    jax.profiler.stop_trace()
+    print(f'profile of steps {self.cfg.log.profile} in {self.workdir / "profile"}', flush=True)
+    if step > first and jax.process_index() == 0:
+      explain.keep(self.workdir, self.train_step.as_text(), step - first, seconds, waited)
 
   def due(self, step, every) -> bool:
     return bool(every) and step % every == 0

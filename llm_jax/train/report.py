@@ -27,7 +27,7 @@ import numpy as np
 
 from llm_jax import config as config_lib
 from llm_jax import paths
-from llm_jax.train import clock, metrics
+from llm_jax.train import clock, explain, metrics
 
 PLOTS = (('optimizer/learning_rate', 'learning rate'), ('grads/norm', 'gradient norm'),
          ('perf/tokens_per_second', 'tokens per second'))
@@ -128,6 +128,10 @@ def write(workdir, config: config_lib.Config, figures: dict, environment: dict[s
   if speed and mfu:
     page.paragraph(f'Median {np.median(speed):,.0f} tokens per second, MFU {np.median(mfu):.1%}. '
                    f'{metrics.MFU_CONVENTION}.')
+  if (explained := explain.load(workdir)) is not None:
+    page.paragraph('A step of the profiled range, by what its operations do; the roofline is what their products need '
+                   "at the device's peak, or their reads and writes at its memory's bandwidth where that is known.")
+    page.table(('part of a step', 'time', 'share', 'at the roofline'), explain.rows(explained))
   _events(page, paths.read_jsonl(workdir / 'events.jsonl'))
   page.heading('Energy')
   if energy:
