@@ -19,7 +19,7 @@ import sys
 from llm_jax import config as config_lib
 from llm_jax.config import ConfigError
 
-SIZES = dict(layers=6, width=384, length=256, batch=16, rounds=7, steps=2)
+SIZES = dict(layers=6, width=384, length=256, batch=16, vocab=65, rounds=7, steps=2)
 COMMANDS = dict(train=('training', 'train'), save=('saving', 'save'), decode=('decoding', 'decode'),
                 serve=('serving', 'serve'), learn=('learning', 'learn'))
 
@@ -29,6 +29,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument('what', choices=tuple(COMMANDS))
   parser.add_argument('--peer', choices=('none', 'torch'), default='none')
   parser.add_argument('--compiled', action='store_true', help='also torch.compile (slow to start)')
+  parser.add_argument('--remat', default='none', choices=('none', 'dots', 'full'), help='of train')
   parser.add_argument('--explain', action='store_true', help="of train: where a step's time goes, by part")
   parser.add_argument('--model', help='that decode and serve run')
   parser.add_argument('--streams', type=int, default=32, help='of decode and serve, at the same time')

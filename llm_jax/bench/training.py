@@ -6,14 +6,13 @@ from llm_jax import config as config_lib
 from llm_jax.bench import hardware
 from llm_jax.config import ConfigError
 
-VOCAB = 65       # characters of tiny Shakespeare
-
 
 def model_of(flags) -> config_lib.Model:
   """nanoGPT's model: pre-norm LayerNorm without bias, learned positions, GELU, tied embeddings."""
   return config_lib.derive(config_lib.Model(
-      vocab_size=VOCAB, layers=flags.layers, width=flags.width, heads=flags.width // 64, max_length=flags.length,
-      norm='layer', norm_eps=1e-5, positions='learned', mlp='gelu_exact', dtype=flags.dtype))
+      vocab_size=flags.vocab, layers=flags.layers, width=flags.width, heads=flags.width // 64, max_length=flags.length,
+      norm='layer', norm_eps=1e-5, positions='learned', mlp='gelu_exact', dtype=flags.dtype,
+      remat=flags.remat))
 
 
 def optimizer_of() -> config_lib.Optimizer:
@@ -132,7 +131,7 @@ def train(flags) -> None:
   from llm_jax.train import metrics
   if flags.width % 64:
     raise ConfigError(f'--width: expected a multiple of 64 (the width of a head), got {flags.width}')
-  token_BT = np.random.default_rng(0).integers(0, VOCAB, (flags.batch, flags.length + 1), dtype=np.int32)
+  token_BT = np.random.default_rng(0).integers(0, flags.vocab, (flags.batch, flags.length + 1), dtype=np.int32)
   runs = [Ours(flags, token_BT)]
   if flags.peer == 'torch':
     runs += [Torch(flags, token_BT, compiled) for compiled in ((False, True) if flags.compiled else (False,))]
@@ -153,7 +152,8 @@ def train(flags) -> None:
   for run in runs:
     rate = tokens / statistics.median(seconds[run.name])
     ratio = statistics.median(theirs / mine for theirs, mine in zip(seconds[run.name], ours))
-    print(f'{run.name:>24}  {rate:>9,.0f} tok/s  MFU {rate * flops["causal"] / peak.flops:.1%}  '
+    print(f'{run.name:>24}  {rate:>9,.0f} tok/s  MFU {rate * flops["causal"] / peak.flops:.1%} '
+          f'({rate * flops["full"] / peak.flops:.1%} uncausal)  '
           f'ours/this {ratio:.2f}x  compile {run.compile_s:.1f} s')
   if flags.explain:
     print_explained(runs[0], flags.steps)
