@@ -12,6 +12,7 @@ import math
 import base
 
 LENGTH = 256             # up to depth 8; then 1,024
+STEPS = 1000             # the batch is no larger than leaves so many, down to 8 sequences
 
 
 def parameters(depth: int) -> int:
@@ -34,7 +35,7 @@ def get_config(dial: str = '2'):
     config.model.heads, config.model.head_dim = width // 128 + 1, 128
   config.data.length = LENGTH if depth <= 8 else 1024
   tokens = ratio * parameters(depth)
-  rows = 2**19 * (tokens / 1e10)**0.4 / config.data.length
+  rows = min(2**19 * (tokens / 1e10)**0.4, tokens / STEPS) / config.data.length
   config.train.batch_size = max(8, 2 ** round(math.log2(rows)))
   config.train.minutes = 0.0
   config.train.steps = max(100, round(tokens / (config.train.batch_size * config.data.length)))
