@@ -7,7 +7,7 @@ for each parameter (arXiv 2203.15556), embeddings not counted. The batch grows a
 2505.13738), from 2**19 tokens for 10 billion, but leaves a run 1,000 steps. The rates are base.py's, taken as width
 128's; other widths follow by optimizer.tuned_width. `:DEPTH,TOKENS_PER_PARAMETER` trains longer or shorter.
 On the standard library, bits per byte of all held-out text: depth 1 2.08 (base.py's model for the same compute 2.52),
-depth 2 with a quarter of its tokens 1.70 (1.72). docs/log.md has the compute; deeper ones were not run to their horizon.
+depth 2 with a quarter of its tokens 1.70 (1.72). docs/log.md has the compute; deeper ones were not run to the end.
 """
 import math
 
