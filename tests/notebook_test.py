@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom in a real kernel: on a tiny text and model, and on SmolLM2."""
+"""The notebooks run from top to bottom in a real kernel: on a tiny text and models, and on SmolLM2."""
 import pathlib
 import random
 
@@ -24,17 +24,29 @@ def execute(name, monkeypatch, **parameters):
   return ''.join(o.get('text', '') for o in outputs), sum('image/png' in o.get('data', {}) for o in outputs)
 
 
-def test_quickstart(tmp_path, monkeypatch):
+def write_code(folder):
+  """Overrides that train on a small text, kept and prepared in a folder."""
   words = random.Random(0).choices(['import os', 'def f(x):', '  return x', 'class A:', '  pass', 'x = 1'], k=4000)
-  (tmp_path / 'code.txt').write_text('\n'.join(words))
-  overrides = {
-      'data.source': 'text', 'data.path': str(tmp_path / 'code.txt'), 'data.valid': 'tail', 'data.length': '64',
-      'data.cache_dir': str(tmp_path / 'cache'), 'tokenizer.vocab_size': '300', 'model.layers': '2',
+  (folder / 'code.txt').write_text('\n'.join(words))
+  return {'data.source': 'text', 'data.path': str(folder / 'code.txt'), 'data.valid': 'tail', 'data.length': '64',
+          'data.cache_dir': str(folder / 'cache')}
+
+
+def test_quickstart(tmp_path, monkeypatch):
+  overrides = write_code(tmp_path) | {
+      'tokenizer.vocab_size': '300', 'model.layers': '2',
       'model.width': '64', 'model.heads': '2', 'train.steps': '30', 'eval.samples': '0', 'eval.max_tokens': '8',
       'log.every': '5'}
   printed, pictures = execute('quickstart.ipynb', monkeypatch, minutes=2.0, overrides=overrides,
                               workdir=str(tmp_path / 'run'))
   assert 'resuming' in printed and 'step 50/50' in printed and pictures == 2
+
+
+def test_scaling_laws(tmp_path, monkeypatch):
+  overrides = write_code(tmp_path)
+  printed, pictures = execute('scaling_laws.ipynb', monkeypatch, quick=True, workdir=str(tmp_path / 'runs'),
+                              code=overrides, shakespeare=overrides | {'model.layers': '1'})
+  assert printed.count(', trained ') == 2 and printed.count('   best') == 3 and pictures == 2
 
 
 def test_pretrained(smollm2, tmp_path, monkeypatch):
