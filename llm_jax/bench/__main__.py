@@ -9,6 +9,8 @@
   python -m llm_jax.bench serve --model=PATH [--streams=8] [--new=64]     a server under load: first and further tokens
   python -m llm_jax.bench learn --text=FILE [--recipe=cpu] [--rounds=3] [--learn_steps=2000] [--peer=torch]
                                                               what is learned from a text, beside nanoGPT's recipe
+  python -m llm_jax.bench load [--text=FILE] [--peer=torch]   how fast text becomes tokens and tokens batches, and how
+                                                              many times what training consumes that is
 
 Rounds alternate between ours and the peer's, so that a machine whose speed drifts slows both; medians are printed.
 Results that were kept are in docs/benchmarks.md. The peer needs the `parity` extra.
@@ -21,7 +23,7 @@ from llm_jax.config import ConfigError
 
 SIZES = dict(layers=6, width=384, length=256, batch=16, vocab=65, rounds=7, steps=2)
 COMMANDS = dict(train=('training', 'train'), save=('saving', 'save'), decode=('decoding', 'decode'),
-                serve=('serving', 'serve'), learn=('learning', 'learn'))
+                serve=('serving', 'serve'), learn=('learning', 'learn'), load=('loading', 'load'))
 
 
 def main(argv: list[str]) -> None:
@@ -36,7 +38,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--new', type=int, default=64, help='tokens that decode and serve make')
   parser.add_argument('--weights', choices=('int8', 'int4'), default='', help='that decode computes with')
   parser.add_argument('--cache', choices=('int8',), default='', help='of decode')
-  parser.add_argument('--text', help='a file whose perplexity decode prints, or from which learn learns')
+  parser.add_argument('--text', help='a file whose perplexity decode prints, from which learn learns, that load reads')
   parser.add_argument('--recipe', default='cpu', help='of configs/shakespeare_char.py, for learn; several: cpu,gpu')
   parser.add_argument('--learn_steps', type=int, default=2000, help='of learn')
   parser.add_argument('--mb', type=int, default=400, help='of the state that save writes')
