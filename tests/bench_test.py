@@ -34,6 +34,17 @@ def test_a_step_explained(capsys):
   assert abs(sum(float(share) for _, _, share in rows) - 100) < 1
 
 
+def test_compiling_with_empty_and_with_kept_caches(capsys, monkeypatch):
+  """A second process compiles nothing again: its programs are those that the first one kept."""
+  monkeypatch.delenv('XLA_FLAGS', raising=False)              # the tests' eight devices
+  bench.main(['compile', *FLAGS[1:5], '--rounds=1'])
+  rows = re.findall(r'(\S[\w ,]*?) +([\d.]+) +([\d.]+)$', capsys.readouterr().out, re.M)
+  figures = {name: [float(x) for x in cells] for name, *cells in rows}
+  kept = next(cells for name, cells in figures.items() if name.endswith('programs from the cache'))
+  assert kept[0] == 0 and kept[1] >= 1
+  assert any(name.endswith('start to first loss, s') and cells[0] > 0 for name, cells in figures.items())
+
+
 def test_a_save_beside_orbax_alone(capsys):
   bench.main(['save', '--mb=50', '--rounds=1'])
   out = capsys.readouterr().out

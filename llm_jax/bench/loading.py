@@ -34,7 +34,7 @@ def load(flags) -> None:
   megabytes = medians({name: lambda run=run: size / seconds_of(lambda: run(pieces)) for name, run in encode.items()},
                       flags.rounds)
 
-  ours = training.Ours(flags, np.random.default_rng(0).integers(0, training.VOCAB, (flags.batch, flags.length + 1),
+  ours = training.Ours(flags, np.random.default_rng(0).integers(0, flags.vocab, (flags.batch, flags.length + 1),
                                                                 dtype=np.int32))
   ours.run(1)
   step = {'step': lambda: flags.steps * flags.batch * flags.length / seconds_of(lambda: ours.run(flags.steps))}
