@@ -75,6 +75,18 @@ def test_data_arrives_faster_than_training_consumes_it(capsys, tmp_path):
   assert len(times) == 4 and min(times) > 10, out
 
 
+def test_a_second_start_compiles_less(capsys, monkeypatch):
+  monkeypatch.setenv('XLA_FLAGS', '')                # one device, as 12 rows want
+  bench.main(['compile', '--layers=2', '--width=64', '--length=32', '--batch=2', '--rounds=1'])
+  out = capsys.readouterr().out
+  rows = {name: (float(empty), float(kept)) for name, empty, kept in
+          re.findall(r'^ +(?:step|first command)  +(\S.*?)  +([0-9.]+)  +([0-9.]+)$', out, re.M)}
+  assert rows['programs from the cache'][0] == 0 < rows['programs from the cache'][1], out
+  assert rows['compile, s'][1] < rows['compile, s'][0], out
+  assert min(rows['programs kept on disk']) > 0 and min(rows['start to first loss, s']) > 0.5, out
+  assert min(rows['peak memory, MB']) > 100, out
+
+
 def test_the_peer_is_in_the_same_table(capsys):
   pytest.importorskip('torch', reason="the peer needs pip install -e '.[parity]'")
   bench.main([*FLAGS, '--peer=torch'])

@@ -10,6 +10,8 @@
                                                               what is learned from a text, beside nanoGPT's recipe
   python -m llm_jax.bench load [--text=FILE] [--peer=torch]   how fast text becomes tokens and tokens batches, and how
                                                               many times what training consumes that is
+  python -m llm_jax.bench compile [--peer=torch] [--rounds=3] from the start of a process to the first loss, with empty
+                                                              and with kept caches; peak memory
 
 Rounds alternate between ours and the peer's, so that a machine whose speed drifts slows both; medians are printed.
 Results that were kept are in docs/benchmarks.md. The peer needs the `parity` extra.
@@ -22,7 +24,8 @@ from llm_jax.config import ConfigError
 
 SIZES = dict(layers=6, width=384, length=256, batch=16, rounds=7, steps=2)
 COMMANDS = dict(train=('training', 'train'), save=('saving', 'save'), decode=('decoding', 'decode'),
-                serve=('serving', 'serve'), learn=('learning', 'learn'), load=('loading', 'load'))
+                serve=('serving', 'serve'), learn=('learning', 'learn'), load=('loading', 'load'),
+                compile=('compiling', 'compile_'))
 
 
 def main(argv: list[str]) -> None:
