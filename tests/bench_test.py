@@ -12,7 +12,7 @@ import pytest
 import serving
 
 from llm_jax.bench import __main__ as bench
-from llm_jax.bench import training
+from llm_jax.bench import growing, training
 from llm_jax.models import transformer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -85,6 +85,25 @@ def test_a_second_start_compiles_less(capsys, monkeypatch):
   assert rows['compile, s'][1] < rows['compile, s'][0], out
   assert min(rows['programs kept on disk']) > 0 and min(rows['start to first loss, s']) > 0.5, out
   assert min(rows['peak memory, MB']) > 100, out
+
+
+def test_what_a_step_takes_as_a_model_grows(capsys, monkeypatch, tmp_path):
+  """Memory is XLA's account, so its exponents do not depend on the machine; a limit below them is reported."""
+  monkeypatch.setattr(growing, 'BASE', dict(layers=1, width=64, length=16, batch=4))
+  monkeypatch.setattr(growing, 'CALLS', 5)
+  monkeypatch.setattr(growing, 'AXES', dict(layers=('depth', (1, 2, 4), 0.1), width=('width', (64, 128, 256), 2)))
+  bench.main(['grow', '--rounds=1', '--steps=1', f'--out={tmp_path / "grow.svg"}'])
+  out = capsys.readouterr().out
+  found = {(name, unit): (float(power), verdict) for name, unit, power, verdict in
+           re.findall(r'(\w+)  (ms|MB)  .*  exponent (-?[0-9.]+) \(at most [0-9.]+\)  (.*)', out)}
+  assert len(found) == 4 and 0.7 < found['depth', 'MB'][0] < 1.1 and 1.4 < found['width', 'MB'][0] < 2.1, out
+  assert 'MORE' in found['depth', 'MB'][1] and found['width', 'MB'][1] == 'as expected', out
+  assert 0 < float(re.search(r'([0-9.]+) ms a step in the call', out)[1]) < 1000
+  assert (tmp_path / 'grow.svg').read_text().count('<!-- width') == 2
+
+
+def test_a_known_power_is_found():
+  assert abs(growing.exponent((1, 2, 4, 8, 16), [7 + 3 * x ** 2 for x in (1, 2, 4, 8, 16)]) - 2) < 0.1
 
 
 def test_the_peer_is_in_the_same_table(capsys):
