@@ -12,7 +12,7 @@ import pytest
 import serving
 
 from llm_jax.bench import __main__ as bench
-from llm_jax.bench import training
+from llm_jax.bench import growing, training
 from llm_jax.models import transformer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -32,17 +32,6 @@ def test_a_step_explained(capsys):
   rows = re.findall(r'^ +([a-z/]+) +([\d.]+) ms +([\d.]+)%', capsys.readouterr().out, re.M)
   assert {'matmul', 'attention', 'norm/elementwise', 'loss', 'optimizer'} <= {part for part, _, _ in rows}
   assert abs(sum(float(share) for _, _, share in rows) - 100) < 1
-
-
-def test_compiling_with_empty_and_with_kept_caches(capsys, monkeypatch):
-  """A second process compiles nothing again: its programs are those that the first one kept."""
-  monkeypatch.delenv('XLA_FLAGS', raising=False)              # the tests' eight devices
-  bench.main(['compile', *FLAGS[1:5], '--rounds=1'])
-  rows = re.findall(r'(\S[\w ,]*?) +([\d.]+) +([\d.]+)$', capsys.readouterr().out, re.M)
-  figures = {name: [float(x) for x in cells] for name, *cells in rows}
-  kept = next(cells for name, cells in figures.items() if name.endswith('programs from the cache'))
-  assert kept[0] == 0 and kept[1] >= 1
-  assert any(name.endswith('start to first loss, s') and cells[0] > 0 for name, cells in figures.items())
 
 
 def test_a_save_beside_orbax_alone(capsys):
@@ -92,6 +81,37 @@ def test_data_arrives_faster_than_training_consumes_it(capsys, tmp_path):
   assert tokenised['byte'] > tokenised['sentencepiece'] > 0.1 and tokenised['char'] > 0.1, out
   times = [float(x.replace(',', '')) for x in re.findall(r'([0-9,]+) times what training consumes', out)]
   assert len(times) == 4 and min(times) > 10, out
+
+
+def test_a_second_start_compiles_less(capsys, monkeypatch):
+  monkeypatch.setenv('XLA_FLAGS', '')                # one device, as 12 rows want
+  bench.main(['compile', '--layers=2', '--width=64', '--length=32', '--batch=2', '--rounds=1'])
+  out = capsys.readouterr().out
+  rows = {name: (float(empty), float(kept)) for name, empty, kept in
+          re.findall(r'^ +(?:step|first command)  +(\S.*?)  +([0-9.]+)  +([0-9.]+)$', out, re.M)}
+  assert rows['programs from the cache'][0] == 0 < rows['programs from the cache'][1], out
+  assert rows['compile, s'][1] < rows['compile, s'][0], out
+  assert min(rows['programs kept on disk']) > 0 and min(rows['start to first loss, s']) > 0.5, out
+  assert min(rows['peak memory, MB']) > 100, out
+
+
+def test_what_a_step_takes_as_a_model_grows(capsys, monkeypatch, tmp_path):
+  """Memory is XLA's account, so its exponents do not depend on the machine; a limit below them is reported."""
+  monkeypatch.setattr(growing, 'BASE', dict(layers=1, width=64, length=16, batch=4))
+  monkeypatch.setattr(growing, 'CALLS', 5)
+  monkeypatch.setattr(growing, 'AXES', dict(layers=('depth', (1, 2, 4), 0.1), width=('width', (64, 128, 256), 2)))
+  bench.main(['grow', '--rounds=1', '--steps=1', f'--out={tmp_path / "grow.svg"}'])
+  out = capsys.readouterr().out
+  found = {(name, unit): (float(power), verdict) for name, unit, power, verdict in
+           re.findall(r'(\w+)  (ms|MB)  .*  exponent (-?[0-9.]+) \(at most [0-9.]+\)  (.*)', out)}
+  assert len(found) == 4 and 0.7 < found['depth', 'MB'][0] < 1.1 and 1.4 < found['width', 'MB'][0] < 2.1, out
+  assert 'MORE' in found['depth', 'MB'][1] and found['width', 'MB'][1] == 'as expected', out
+  assert 0 < float(re.search(r'([0-9.]+) ms a step in the call', out)[1]) < 1000
+  assert (tmp_path / 'grow.svg').read_text().count('<!-- width') == 2
+
+
+def test_a_known_power_is_found():
+  assert abs(growing.exponent((1, 2, 4, 8, 16), [7 + 3 * x ** 2 for x in (1, 2, 4, 8, 16)]) - 2) < 0.1
 
 
 def test_the_peer_is_in_the_same_table(capsys):

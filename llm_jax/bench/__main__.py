@@ -13,6 +13,8 @@
                                                               many times what training consumes that is
   python -m llm_jax.bench compile [--peer=torch] [--rounds=3] from the start of a process to the first loss, with empty
                                                               and with kept caches; peak memory
+  python -m llm_jax.bench grow [--out=FILE.svg]               a step's time and memory against depth, width, context and
+                                                              batch; what the host spends on one
 
 Rounds alternate between ours and the peer's, so that a machine whose speed drifts slows both; medians are printed.
 Results that were kept are in docs/benchmarks.md. The peer needs the `parity` extra.
@@ -26,7 +28,7 @@ from llm_jax.config import ConfigError
 SIZES = dict(layers=6, width=384, length=256, batch=16, vocab=65, rounds=7, steps=2)
 COMMANDS = dict(train=('training', 'train'), save=('saving', 'save'), decode=('decoding', 'decode'),
                 serve=('serving', 'serve'), learn=('learning', 'learn'), load=('loading', 'load'),
-                compile=('compiling', 'compile_'))
+                compile=('compiling', 'compile_'), grow=('growing', 'grow'))
 
 
 def main(argv: list[str]) -> None:
@@ -42,6 +44,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--weights', choices=('int8', 'int4'), default='', help='that decode computes with')
   parser.add_argument('--cache', choices=('int8',), default='', help='of decode')
   parser.add_argument('--text', help='a file whose perplexity decode prints, from which learn learns, that load reads')
+  parser.add_argument('--out', help='an .svg that grow draws')
   parser.add_argument('--recipe', default='cpu', help='of configs/shakespeare_char.py, for learn; several: cpu,gpu')
   parser.add_argument('--learn_steps', type=int, default=2000, help='of learn')
   parser.add_argument('--mb', type=int, default=400, help='of the state that save writes')
