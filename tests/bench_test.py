@@ -99,6 +99,7 @@ def test_what_a_step_takes_as_a_model_grows(capsys, monkeypatch, tmp_path):
   """Memory is XLA's account, so its exponents do not depend on the machine; a limit below them is reported."""
   monkeypatch.setattr(growing, 'BASE', dict(layers=1, width=64, length=16, batch=4))
   monkeypatch.setattr(growing, 'CALLS', 5)
+  monkeypatch.setattr(growing, 'DEEP', dict(layers=2, width=16, heads=2))
   monkeypatch.setattr(growing, 'AXES', dict(layers=('depth', (1, 2, 4), 0.1), width=('width', (64, 128, 256), 2)))
   bench.main(['grow', '--rounds=1', '--steps=1', f'--out={tmp_path / "grow.svg"}'])
   out = capsys.readouterr().out
