@@ -8,3 +8,13 @@ def hardware() -> str:
   import jax
   device = jax.devices()[0]
   return f'{device.device_kind}, {len(os.sched_getaffinity(0))} cores {platform.machine()}'
+
+
+def import_torch():
+  """The torch module. Raises ConfigError where it is not installed."""
+  from llm_jax.config import ConfigError
+  try:
+    import torch
+  except ImportError as e:
+    raise ConfigError("--peer=torch: PyTorch is not installed; pip install -e '.[parity]'") from e
+  return torch

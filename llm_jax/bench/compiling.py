@@ -12,7 +12,7 @@ import time
 import numpy as np
 
 from llm_jax import hardware as hardware_lib
-from llm_jax.bench import hardware, training
+from llm_jax.bench import hardware, import_torch, training
 from llm_jax.bench.learning import CONFIG
 from llm_jax.config import ConfigError
 
@@ -24,11 +24,7 @@ def compile_(flags) -> None:
   second time with the caches of the first. The peer imports, runs a step, and one that torch.compile has compiled."""
   import jax
   peer = ('torch eager', 'torch compiled') if flags.peer == 'torch' else ()
-  if peer:
-    try:
-      import torch
-    except ImportError as e:
-      raise ConfigError("--peer=torch: PyTorch is not installed; pip install -e '.[parity]'") from e
+  versions = f'jax {jax.__version__}' + (f', torch {import_torch().__version__}' if peer else '')
   found = {}
   for _ in range(flags.rounds):
     with tempfile.TemporaryDirectory() as folder:
@@ -37,7 +33,6 @@ def compile_(flags) -> None:
           run = first_command if what == 'first command' else process
           for name, value in run(what, flags, pathlib.Path(folder), start).items():
             found.setdefault((what, name), {}).setdefault(start, []).append(value)
-  versions = f'jax {jax.__version__}' + (f', torch {torch.__version__}' if peer else '')
   print(f'compile {flags.layers} x {flags.width}, {flags.batch} x {flags.length} tokens, {flags.rounds} rounds, '
         f'medians; {hardware()}, {versions}')
   print(f'{"":>46}  empty caches  kept caches')
@@ -49,8 +44,7 @@ def compile_(flags) -> None:
 
 def process(what: str, flags, folder: pathlib.Path, start: str) -> dict[str, float]:
   """What `child` measured in a process of its own, which keeps its caches in a folder."""
-  sizes = {name: getattr(flags, name) for name in ('layers', 'width', 'length', 'batch', 'vocab', 'remat',
-                                                'dtype')}
+  sizes = {name: getattr(flags, name) for name in ('layers', 'width', 'length', 'batch', 'vocab', 'remat', 'dtype')}
   program = f'from llm_jax.bench import compiling; compiling.child({what!r}, {sizes}, {str(folder)!r})'
   out, memory = run_alone([sys.executable, '-c', program], folder)
   return json.loads(out.splitlines()[-1]) | {'peak memory, MB': memory}

@@ -5,7 +5,7 @@ import tempfile
 import time
 
 from llm_jax import config as config_lib
-from llm_jax.bench import hardware, training
+from llm_jax.bench import hardware, import_torch, training
 from llm_jax.config import ConfigError
 
 CONFIG = 'configs/shakespeare_char.py'
@@ -62,10 +62,7 @@ def peer(cfg: config_lib.Config) -> tuple[float, float]:
   import pathlib
 
   import numpy as np
-  try:
-    import torch
-  except ImportError as e:
-    raise ConfigError("--peer=torch: PyTorch is not installed; pip install -e '.[parity]'") from e
+  torch = import_torch()
   text = pathlib.Path(cfg.data.path).read_text()
   alphabet, ids = np.unique(np.frombuffer(text.encode('utf-32-le'), np.uint32), return_inverse=True)
   cut, T, B = int(0.9 * len(ids)), cfg.data.length, cfg.train.batch_size

@@ -9,7 +9,7 @@ import numpy as np
 
 from llm_jax import config as config_lib
 from llm_jax import sharding
-from llm_jax.bench import hardware, training
+from llm_jax.bench import hardware, import_torch, training
 from llm_jax.config import ConfigError
 from llm_jax.data import batches, sources, store
 from llm_jax.data import tokenizer as tokenizer_lib
@@ -30,6 +30,7 @@ def load(flags) -> None:
                 'sentencepiece': tokenizer_lib.train_sentencepiece(config_lib.Tokenizer(vocab_size=VOCAB), pieces)}
   encode = {name: made.encode_batch for name, made in tokenizers.items()}
   if flags.peer == 'torch':
+    import_torch()
     encode['tokenizers, byte-level BPE'] = hugging_face(pieces)
   megabytes = medians({name: lambda run=run: size / seconds_of(lambda: run(pieces)) for name, run in encode.items()},
                       flags.rounds)

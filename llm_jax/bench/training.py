@@ -3,7 +3,7 @@ import statistics
 import time
 
 from llm_jax import config as config_lib
-from llm_jax.bench import hardware
+from llm_jax.bench import hardware, import_torch
 from llm_jax.config import ConfigError
 
 
@@ -11,8 +11,7 @@ def model_of(flags) -> config_lib.Model:
   """nanoGPT's model: pre-norm LayerNorm without bias, learned positions, GELU, tied embeddings."""
   return config_lib.derive(config_lib.Model(
       vocab_size=flags.vocab, layers=flags.layers, width=flags.width, heads=flags.width // 64, max_length=flags.length,
-      norm='layer', norm_eps=1e-5, positions='learned', mlp='gelu_exact', dtype=flags.dtype,
-      remat=flags.remat))
+      norm='layer', norm_eps=1e-5, positions='learned', mlp='gelu_exact', dtype=flags.dtype, remat=flags.remat))
 
 
 def optimizer_of() -> config_lib.Optimizer:
@@ -56,10 +55,7 @@ class Torch:
   """The same model and optimizer in PyTorch, eager or compiled, with its fused attention and AdamW."""
 
   def __init__(self, flags, token_BT, compiled: bool):
-    try:
-      import torch
-    except ImportError as e:
-      raise ConfigError("--peer=torch: PyTorch is not installed; pip install -e '.[parity]'") from e
+    torch = import_torch()
     self.torch, self.name = torch, f'torch {torch.__version__} {"compiled" if compiled else "eager"}'
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     torch.manual_seed(0)

@@ -24,7 +24,7 @@ def parts_of(text: str, flops: float, bandwidth: float) -> dict[str, tuple[str, 
   program, out = hlo.Program(text, {}), {}
   for computation in program.computations.values():
     for op in computation.ops.values():
-      if op.opcode in (*CONTAINERS, *hlo.FREE) or op.opcode.removesuffix('-start').removesuffix('-done') in hlo.KINDS:
+      if op.opcode in CONTAINERS or op.opcode.removesuffix('-start').removesuffix('-done') in hlo.KINDS:
         cost = collections.Counter()
       else:
         cost = program.cost(computation, op, {}, False)
