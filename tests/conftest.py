@@ -1,6 +1,7 @@
 """Every test runs on 8 virtual CPU devices, with numpy-like silent rank promotion forbidden."""
 import gc
 import os
+import signal
 
 import pytest
 from smollm2 import smollm2  # noqa: F401
@@ -12,6 +13,7 @@ os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=8 '
                       '--xla_cpu_collective_call_terminate_timeout_seconds=600')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('JAX_NUMPY_RANK_PROMOTION', 'raise')
+signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's background jobs ignore it, and so would theirs
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -69,7 +69,7 @@ def peer(cfg: config_lib.Config) -> tuple[float, float]:
   torch.manual_seed(cfg.train.seed)
   rng = np.random.default_rng(cfg.train.seed)
   shape = config_lib.derive(config_lib.Model(vocab_size=len(alphabet), layers=cfg.model.layers, width=cfg.model.width,
-                                             heads=cfg.model.heads, max_length=T))
+                                             heads=cfg.model.heads, max_length=T, dropout=cfg.model.dropout))
   model = training.torch_gpt(torch, shape)
   for name, p in model.named_parameters():
     into_stream = name.endswith(('out.weight', 'down.weight'))
@@ -93,6 +93,7 @@ def peer(cfg: config_lib.Config) -> tuple[float, float]:
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
   seconds = time.perf_counter() - start
+  model.eval()
   held = ids[cut:]
   total = count = 0
   with torch.no_grad():

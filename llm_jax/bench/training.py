@@ -84,7 +84,7 @@ class Torch:
 
 
 def torch_gpt(torch, cfg: config_lib.Model):
-  """The bench's model as torch modules."""
+  """The bench's model as torch modules; cfg.dropout where nanoGPT has it."""
   nn, functional = torch.nn, torch.nn.functional
 
   class Block(nn.Module):
@@ -94,25 +94,27 @@ def torch_gpt(torch, cfg: config_lib.Model):
       self.norm_1, self.norm_2 = nn.LayerNorm(D, bias=False), nn.LayerNorm(D, bias=False)
       self.qkv, self.out = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D, bias=False)
       self.up, self.down = nn.Linear(D, 4 * D, bias=False), nn.Linear(4 * D, D, bias=False)
+      self.drop = nn.Dropout(cfg.dropout)
 
     def forward(self, x):
       B, T, D = x.shape
       q, k, v = (y.view(B, T, cfg.heads, -1).transpose(1, 2) for y in self.qkv(self.norm_1(x)).split(D, -1))
-      y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-      x = x + self.out(y.transpose(1, 2).reshape(B, T, D))
-      return x + self.down(functional.gelu(self.up(self.norm_2(x))))
+      y = functional.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                                  dropout_p=cfg.dropout if self.training else 0.0)
+      x = x + self.drop(self.out(y.transpose(1, 2).reshape(B, T, D)))
+      return x + self.drop(self.down(functional.gelu(self.up(self.norm_2(x)))))
 
   class Gpt(nn.Module):
     def __init__(self):
       super().__init__()
       self.embed, self.position = nn.Embedding(cfg.vocab_size, cfg.width), nn.Embedding(cfg.max_length, cfg.width)
       self.blocks = nn.ModuleList(Block() for _ in range(cfg.layers))
-      self.norm = nn.LayerNorm(cfg.width, bias=False)
+      self.norm, self.drop = nn.LayerNorm(cfg.width, bias=False), nn.Dropout(cfg.dropout)
       nn.init.normal_(self.embed.weight, std=0.02)
       nn.init.normal_(self.position.weight, std=0.02)
 
     def forward(self, token):
-      x = self.embed(token) + self.position.weight[:token.shape[1]]
+      x = self.drop(self.embed(token) + self.position.weight[:token.shape[1]])
       for block in self.blocks:
         x = block(x)
       return self.norm(x) @ self.embed.weight.T
