@@ -87,7 +87,7 @@ class Model:
   encoder_layers: int = 0
   dtype: str = 'auto'
   kernel: str = 'auto'
-  remat: str = 'none'
+  remat: str = 'auto'
   unroll: bool = True
 
 
@@ -234,7 +234,7 @@ CHOICES = {
     'model.mlp': ('gelu', 'gelu_exact', 'geglu', 'swiglu', 'relu2', 'relu'),
     'model.router': ('softmax', 'sigmoid'), 'model.expert_exchange': ('fixed', 'ragged'),
     'model.dtype': ('auto', 'float32', 'bfloat16'), 'model.kernel': ('auto', 'xla', 'cudnn', 'splash'),
-    'model.remat': ('none', 'dots', 'full', 'offload'),
+    'model.remat': ('auto', 'none', 'dots', 'full', 'offload'),
     'data.source': ('stdlib', 'text', 'jsonl', 'parquet', 'arrayrecord', 'tfds', 'mixture'),
     'data.packing': ('concat', 'pack'), 'data.valid': ('hash', 'tail', 'given'),
     'tokenizer.kind': ('byte', 'char', 'sentencepiece', 'hf'), 'tokenizer.algorithm': ('bpe', 'unigram'),

@@ -46,13 +46,15 @@ def main(argv: list[str]) -> int:
     from llm_jax.planner import program, search
     machine = program.machine(topology, int(flags['slices']))
     print(f'compiling for {_describe(machine)} ...', flush=True)
-    own, found, need = search.resolved(cfg, machine), None, 0.0
+    found, need = None, 0.0
     try:
       found = program.compile_step(cfg, machine, flags['full'])
       need = found.bytes
       print(report(found), flush=True)
     except program.OutOfMemory as e:           # of a TPU's compiler, which then says nothing more
       need = e.bytes
+    chosen = found.model.remat if found else 'full' if cfg.model.remat == 'auto' else cfg.model.remat
+    own = search.resolved(program.with_remat(cfg, chosen), machine)
     better = improve(own, machine, found, int(flags['tries']), flags['full'], search, program)
     if found and found.fits:
       return 0

@@ -138,7 +138,7 @@ def test_another_model_is_refused_readably_and_nothing_is_touched(whole, capsys)
 
 def test_banner_first_loss_samples_and_figures_are_printed(whole):
   _, figures, out = whole
-  for text in ('cpu', 'mesh  one device', 'float32 matrix products, attention kernel xla', 'remat none',
+  for text in ('cpu', 'mesh  one device', 'float32 matrix products, attention kernel xla', '   remat  none (none',
                'training tokens', '2 microbatch(es)'):
     assert text in out, text
   assert re.search(r'time to first loss [\d.]+ s \(loss 5\.\d+\)', out)

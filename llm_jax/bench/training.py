@@ -1,4 +1,5 @@
 """bench train: the step that training runs, beside the same model in PyTorch and the machine's limit."""
+import dataclasses
 import statistics
 import time
 
@@ -27,6 +28,7 @@ class Ours:
 
     from llm_jax.models import attention, layers, transformer
     from llm_jax.train import optimizer as optimizer_lib
+    from llm_jax.train import remat as remat_lib
     from llm_jax.train import step as step_lib
     model = model_of(flags)
     cfg = config_lib.Config(model=model, data=config_lib.Data(length=flags.length), optimizer=optimizer_of(),
@@ -37,12 +39,18 @@ class Ours:
     self.state = jax.jit(lambda key: step_lib.init_state(cfg, model, tx, key))(jax.random.key(0))
     self.batch = dict(token_BT=token_BT[:, :-1], target_BT=token_BT[:, 1:], mask_BT=token_BT[:, 1:] * 0.0 + 1.0)
     self.batch = jax.device_put({k: v.astype('float32' if k == 'mask_BT' else 'int32') for k, v in self.batch.items()})
-    start = time.perf_counter()
-    step = step_lib.make_train_step(cfg, model, tx, kernel, step_lib.microbatches(cfg, 1))
-    lowered = jax.jit(step, donate_argnums=0, compiler_options=layers.compiler_options()).lower(self.state, self.batch)
-    self.lower_s = time.perf_counter() - start
-    self.step = lowered.compile()
-    self.compile_s = time.perf_counter() - start
+    def compiled(remat):
+      start = time.perf_counter()
+      step = step_lib.make_train_step(cfg, dataclasses.replace(model, remat=remat), tx, kernel,
+                                      step_lib.microbatches(cfg, 1))
+      lowered = jax.jit(step, donate_argnums=0,
+                        compiler_options=layers.compiler_options()).lower(self.state, self.batch)
+      self.lower_s = time.perf_counter() - start
+      step = lowered.compile()
+      self.compile_s = time.perf_counter() - start
+      return step
+
+    self.step, self.remat, self.remat_why = remat_lib.lightest(compiled, model.remat)
 
   def run(self, steps: int) -> float:
     """Loss after some steps; returns when they are done."""
@@ -146,7 +154,8 @@ def train(flags) -> None:
       seconds[run.name].append(time.perf_counter() - start)
   tokens = flags.steps * flags.batch * flags.length
   print(f'train {flags.layers} x {flags.width}, {flags.batch} x {flags.length} tokens, {flags.rounds} rounds of '
-        f'{flags.steps} steps, medians; {hardware()}, jax {jax.__version__}')
+        f'{flags.steps} steps, medians; {hardware()}, jax {jax.__version__}; remat {runs[0].remat} '
+        f'({runs[0].remat_why})')
   ours = seconds[runs[0].name]
   for run in runs:
     rate = tokens / statistics.median(seconds[run.name])

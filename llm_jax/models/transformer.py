@@ -340,7 +340,7 @@ def run_stack(cfg: config_lib.Model, stacked, layer_L, carry, context: Context):
       routed.append(statistics)
     return carry, tuple(routed)
 
-  if cfg.remat != 'none':
+  if cfg.remat not in ('none', 'auto'):            # auto: train/remat.py has not chosen yet
     policies = jax.checkpoint_policies
     offload = policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[], names_which_can_be_offloaded=['layer_input'], offload_src='device',

@@ -23,6 +23,7 @@ from llm_jax.hardware import Topology
 from llm_jax.models import attention, layers, transformer
 from llm_jax.train import metrics
 from llm_jax.train import optimizer as optimizer_lib
+from llm_jax.train import remat as remat_lib
 from llm_jax.train import step as step_lib
 
 HOST = 15e9       # bytes/s between a TPU and its host's memory, roughly (jax-ml.github.io/scaling-book)
@@ -175,8 +176,19 @@ def compile_step(cfg: config_lib.Config, machine: Machine, full: bool = False) -
   """Compiles the step of a config: the program of the training loop. On TPUs with little effort at its speed at first,
   in a third of the time or less: FLOPs and what is sent are the same, temporaries differ by a few GiB, and memory
   traffic is an upper estimate. Where that comes near the chip's memory (ROOM), or traffic is what binds, it is compiled
-  again as training would, as everything is with full=True. Raises ConfigError as the loop would, and OutOfMemory where
-  a TPU's compiler finds no room for it."""
+  again as training would, as everything is with full=True. remat='auto' becomes what the loop would choose. Raises
+  ConfigError as the loop would, and OutOfMemory where a TPU's compiler finds no room for it."""
+  if cfg.model.remat == 'auto':
+    for remat in remat_lib.ORDER:
+      try:
+        program = compile_step(with_remat(cfg, remat), machine, full)
+      except OutOfMemory:
+        if remat == remat_lib.ORDER[-1]:
+          raise
+        continue
+      if program.fits:
+        break
+    return program
   start = time.monotonic()
   platform = machine.topology.platform
   if machine.stand_in and cfg.model.remat == 'offload':
@@ -213,6 +225,10 @@ def compile_step(cfg: config_lib.Config, machine: Machine, full: bool = False) -
       if program.bytes <= ROOM * machine.chip.memory and program.step()[1] != TRAFFIC:
         return program
   return read(_compile(lowered, options, machine), quick=False)
+
+
+def with_remat(cfg: config_lib.Config, remat: str) -> config_lib.Config:
+  return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, remat=remat))
 
 
 def _compile(lowered, options, machine):

@@ -55,8 +55,8 @@ def candidates(cfg: config_lib.Config, machine: Machine) -> Iterator[config_lib.
 
 
 def estimate(cfg: config_lib.Config, machine: Machine, slack: float = 1.0) -> Estimate:
-  """slack: temporaries, in times of the estimate (what the compiler needed for a neighbour, over its estimate). Raises
-  ConfigError for what cannot run."""
+  """cfg: with its remat chosen (Program.cfg). slack: temporaries, in times of the estimate (what the compiler needed
+  for a neighbour, over its estimate). Raises ConfigError for what cannot run."""
   sizes = {axis: getattr(cfg.mesh, axis) for axis in sharding.AXES}
   mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
   if machine.slices > 1:

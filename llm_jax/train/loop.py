@@ -4,6 +4,7 @@ The loop dispatches step n, then logs step n - 1, so that the device never waits
 an array back. Everything a step needs is a pure function of (config, step): resuming needs the checkpoint alone.
 """
 import contextlib
+import dataclasses
 import math
 import time
 
@@ -25,6 +26,7 @@ from llm_jax.train import clock as clock_lib
 from llm_jax.train import explain, report
 from llm_jax.train import metrics as metrics_lib
 from llm_jax.train import optimizer as optimizer_lib
+from llm_jax.train import remat as remat_lib
 from llm_jax.train import resume as resume_lib
 from llm_jax.train import step as step_lib
 from llm_jax.train.budget import UNKNOWN, Budget
@@ -227,11 +229,18 @@ class Run:
   def compile(self) -> None:
     """Compiles the train step ahead of time: the loop can then never compile again, it would raise instead."""
     cfg = self.cfg
-    step = step_lib.make_train_step(cfg, self.model, self.tx, self.kernel, self.microbatches)
+    def compiled(remat):
+      model = dataclasses.replace(self.model, remat=remat)
+      step = step_lib.make_train_step(cfg, model, self.tx, self.kernel, self.microbatches)
+      return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None),
+                     compiler_options=layers.compiler_options()).lower(self.abstract, batch).compile()
+
     with self.clock('compile'):
       batch = sharding.put_batch(self.batches(self.first_step, self.rows()), self.mesh)
-      self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None),
-                                compiler_options=layers.compiler_options()).lower(self.abstract, batch).compile()
+      self.train_step, remat, why = remat_lib.lightest(compiled, self.model.remat)
+    self.model = dataclasses.replace(self.model, remat=remat)
+    if jax.process_index() == 0:
+      print(f'   remat  {remat} ({why})', flush=True)
     if self.kernel in attention.MARKS:
       attention.verify(self.kernel, self.train_step.as_text())
     self.eval_step = jax.jit(step_lib.make_eval_step(cfg, self.model, self.kernel),
@@ -259,7 +268,7 @@ class Run:
         ('model', f'{transformer.count(params):,} parameters, {self.model.layers} layers, width {self.model.width}, '
                   f'{self.model.heads} heads, vocabulary {self.model.vocab_size:,}'),
         ('compute', f'{attention.compute_dtype(self.model.dtype)} matrix products, attention kernel {self.kernel} '
-                    f'({self.kernel_reason}), remat {self.model.remat}, {flops["causal"] / 1e6:.3g} MFLOP/token'),
+                    f'({self.kernel_reason}), {flops["causal"] / 1e6:.3g} MFLOP/token'),
         ('data', f'{source}: {sum(s.n_tokens for s in self.stores.train):,} training tokens, '
                  f'{sum(s.n_tokens for s in self.stores.valid):,} held out, {self.tokenizer.kind} tokenizer'),
         ('step', f'{cfg.train.batch_size} x {cfg.data.length} tokens, {self.microbatches} microbatch(es), '
