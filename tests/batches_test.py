@@ -147,13 +147,19 @@ def test_any_number_of_hosts_gives_the_same_global_batch(step, how, cuts, mixed)
 
 @pytest.mark.parametrize('packing', ['concat', 'pack'])
 def test_every_epoch_is_all_sequences_once_in_another_order(packing):
+  """A stream's later epochs are cut elsewhere each time: that many tokens later, and the last window ends with it."""
   batches = make(batch_size=1, packing=packing)
-  size = batches.sizes[0]
-  epochs = [[batches(e * size + i)['token_BT'].tobytes() for i in range(size)] for e in range(3)]
-  reader = batches.readers[0]
-  everything = collections.Counter(reader.read(np.array([i]))['token_BT'].tobytes() for i in range(size))
-  assert all(collections.Counter(epoch) == everything for epoch in epochs)
-  assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+  size, reader = batches.sizes[0], batches.readers[0]
+  length, last = reader.length, reader.store.n_tokens - 1 - reader.length
+  epochs = [[batches(e * size + i)['token_BT'].tobytes() for i in range(size)] for e in range(4)]
+  everything = lambda shift: collections.Counter(
+      reader.store.tokens[start:start + length].astype(np.int32).tobytes()
+      for start in np.minimum(np.arange(size) * length + shift, last)) if packing == 'concat' else collections.Counter(
+      reader.read(np.array([i]))['token_BT'].tobytes() for i in range(size))
+  cuts = [[shift for shift in range(length) if collections.Counter(epoch) == everything(shift)] for epoch in epochs]
+  assert all(cuts) and 0 in cuts[0]
+  assert packing == 'pack' or len({cut for cut, in cuts}) == 4
+  assert len(set(map(tuple, epochs))) == 4
 
 
 def test_a_late_step_costs_what_an_early_one_costs():
@@ -262,7 +268,7 @@ def test_span_corruption_can_be_put_together_again(length, step):
   batches = make('span', batch_size=3, length=length)
   raw = batches.readers[0].length
   causal = batches.readers[0].store.tokens
-  windows = {tuple(causal[i * raw:(i + 1) * raw].tolist()) for i in range(batches.sizes[0])}
+  windows = {tuple(causal[i:i + raw].tolist()) for i in range(len(causal) - raw)}
   batch = batches(step)
   sentinels = list(BYTE.sentinel_ids)
   for token, target, mask, prefix in zip(*(batch[k] for k in ('token_BT', 'target_BT', 'mask_BT', 'prefix_BT'))):
@@ -368,7 +374,7 @@ def test_threads_give_the_same_batches_and_tell_the_wait():
 
 def test_an_error_in_a_thread_reaches_the_loop():
   batches = make()
-  batches.readers[0].read = lambda sequence_B: 1 / 0
+  batches.readers[0].read = lambda *_: 1 / 0
   with batches.prefetch(0) as prefetched, pytest.raises(ZeroDivisionError):
     next(prefetched)
 
