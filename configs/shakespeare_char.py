@@ -24,8 +24,10 @@ def get_config(recipe: str = 'cpu'):
   config.data.valid_fraction = 0.1
   config.tokenizer.kind = 'char'
   if whose:
-    config.model.update(vocab_size=0, max_length=0, layers=4, width=128, heads=4, mlp='swiglu', mlp_dim=344)
-    config.optimizer.decay_fraction, config.optimizer.weight_decay, config.optimizer.momentum = 1.0, 0.0, 0.9
+    config.model.update(vocab_size=0, max_length=0, layers=4, width=128, heads=4, kv_heads=2, windows=(8, 0),
+                        mlp='swiglu', mlp_dim=344)
+    config.optimizer.update(matrix_learning_rate=0.03, momentum=0.9, muon_b2=0.95, decay_fraction=1.0,
+                            weight_decay=0.0)
   else:
     config.model = base.preset(
         'gpt2_124m', vocab_size=0, max_length=0, layers=4, width=128, heads=4, norm_bias=False, attention_bias=False,
@@ -39,6 +41,6 @@ def get_config(recipe: str = 'cpu'):
   config.eval.prompts, config.eval.samples, config.eval.python = ('\n',), 0, False
   if size == 'gpu':
     config.model.layers, config.model.width, config.model.heads, config.model.dropout = 6, 384, 6, 0.2
-    config.model.mlp_dim = 1024 if whose else 0
+    config.model.kv_heads, config.model.windows, config.model.mlp_dim = 0, (0,), 1024 if whose else 0
     config.data.length, config.train.batch_size, config.train.steps = 256, 64, 5000
   return config

@@ -161,6 +161,7 @@ class Optimizer:
   b2: float = 0.95
   eps: float = 1e-8
   momentum: float = 0.95
+  muon_b2: float = 0.0
   weight_decay: float = 0.1
   clip_norm: float = 1.0
 
@@ -249,7 +250,8 @@ POSITIVE = ('model.layers', 'model.width', 'model.heads', 'data.length', 'data.t
             'model.rope_base', 'model.rope_factor', 'model.rope_fraction', 'eval.batches', 'eval.top_p',
             'train.spike_sigmas', 'model.router_scale')
 AT_MOST_1 = ('model.rope_fraction', 'optimizer.decay_fraction', 'optimizer.final_fraction', 'eval.top_p')
-BELOW_1 = ('model.dropout', 'train.label_smoothing', 'train.ema', 'optimizer.b1', 'optimizer.b2', 'optimizer.momentum')
+BELOW_1 = ('model.dropout', 'train.label_smoothing', 'train.ema', 'optimizer.b1', 'optimizer.b2', 'optimizer.momentum',
+           'optimizer.muon_b2')
 
 
 def nearest(word: str, words) -> str:

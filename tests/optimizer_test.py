@@ -108,6 +108,7 @@ def names(labels, label):
 
 MATRICES = {'blocks0/attention/w_q_DNH', 'blocks0/attention/w_k_DKH', 'blocks0/attention/w_o_NHD',
             'blocks0/mlp/w_up_DF', 'blocks0/mlp/w_down_FD', 'tail0/mlp/w_gate_DF', 'tail0/mlp/w_up_EDF'}
+INPUTS = dict(DNH=-3, DKH=-3, NHD=(-3, -2), DF=-2, FD=-2)     # axes that a matrix sums over
 EMBEDDINGS = {'embed_VD', 'unembed_DV', 'position_embed_SD'}
 VECTORS = {'norm_final/scale_D', 'blocks0/attention/b_q_NH', 'blocks0/attention/norm_q/scale_NH',
            'blocks0/attention/value_mix_K', 'blocks0/mlp/b_up_F', 'blocks0/skip_x_D', 'tail0/mlp/b_down_ED'}
@@ -173,7 +174,14 @@ def adafactor_direction(cfg, g, s, t):
 def muon_direction(cfg, g, s, t, dims):
   b = cfg.momentum
   s['m'] = b * s.get('m', 0) + (1 - b) * g
-  return orthogonal(b * s['m'] / (1 - b ** (t + 1)) + (1 - b) * g / (1 - b**t), dims)
+  u = orthogonal(b * s['m'] / (1 - b ** (t + 1)) + (1 - b) * g / (1 - b**t), dims)
+  if not cfg.muon_b2:
+    return u
+  rows = INPUTS[dims.lstrip('LE')]
+  s['v'] = cfg.muon_b2 * s.get('v', 0) + (1 - cfg.muon_b2) * (u * u).mean(rows, keepdims=True)
+  alike = u / np.sqrt(s['v'] / (1 - cfg.muon_b2**t))
+  one = tuple(range(-len(dims.lstrip('LE')), 0))
+  return alike * np.sqrt((u * u).sum(one, keepdims=True) / (alike * alike).sum(one, keepdims=True))
 
 
 def reference(cfg, params, grads_by_step, factor):
@@ -196,9 +204,11 @@ def reference(cfg, params, grads_by_step, factor):
   return flat
 
 
-@pytest.mark.parametrize('name, clip_norm', [('adamw', 1.0), ('adafactor', 1.0), ('lion', 0.0), ('muon', 1.0)])
-def test_matches_float64_reference(name, clip_norm):
-  cfg = dataclasses.replace(BASE, name=name, learning_rate=0.01, weight_decay=0.3, clip_norm=clip_norm)
+@pytest.mark.parametrize('name, clip_norm, muon_b2', [
+    ('adamw', 1.0, 0.0), ('adafactor', 1.0, 0.0), ('lion', 0.0, 0.0), ('muon', 1.0, 0.0), ('muon', 1.0, 0.9)])
+def test_matches_float64_reference(name, clip_norm, muon_b2):
+  cfg = dataclasses.replace(BASE, name=name, learning_rate=0.01, weight_decay=0.3, clip_norm=clip_norm,
+                            muon_b2=muon_b2)
   params, factor = few(0, 0.1), 0.5
   grads_by_step = [few(t + 1, 0.02 * (t + 1)) for t in range(4)]
   tx = optimizer.make(cfg, params)
@@ -221,12 +231,12 @@ def test_matches_float64_reference(name, clip_norm):
     assert error < (2e-3 if name == 'muon' else 1e-4), (path, error)
 
 
-@pytest.mark.parametrize('name', NAMES)
-def test_zero_gradients_only_decay(name):
+@pytest.mark.parametrize('name, muon_b2', [*((name, 0.0) for name in NAMES), ('muon', 0.9)])
+def test_zero_gradients_only_decay(name, muon_b2):
   rng = np.random.default_rng(0)
   shapes = {'embed_VD': (8, 4), 'norm': {'scale_D': (4,)}, 'w_up_DF': (4, 6)}
   params = jax.tree.map(lambda s: jnp.float32(rng.normal(size=s)), shapes, is_leaf=lambda s: isinstance(s, tuple))
-  tx = optimizer.make(dataclasses.replace(BASE, name=name), params)
+  tx = optimizer.make(dataclasses.replace(BASE, name=name, muon_b2=muon_b2), params)
   updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
   peak = BASE.matrix_learning_rate if name == 'muon' else BASE.learning_rate
   np.testing.assert_allclose(updates['w_up_DF'], -peak * 0.1 * params['w_up_DF'], rtol=1e-5)
@@ -296,6 +306,19 @@ def test_factored_moments_lose_the_reduced_letter():
   assert state.v['embed_VD'] == P()
 
 
+def test_averaged_moments_lose_the_axes_of_what_was_averaged():
+  params = mesh_params()
+  tx = optimizer.make(dataclasses.replace(BASE, name='muon', muon_b2=0.9), params)
+  specs = optimizer.opt_state_specs(tx, params, sharding.param_specs(params, mesh_222()))
+  found = {jax.tree_util.keystr(path, simple=True, separator='/').split('.nu/')[-1]: spec for path, spec in
+           jax.tree_util.tree_leaves_with_path(specs, is_leaf=lambda s: isinstance(s, P))}
+  by_leaf = {name.split('/')[-1]: spec for name, spec in found.items() if 'nu' in name}
+  assert by_leaf['w_q_DNH'] == P('stage', None, 'tensor', None), found
+  assert by_leaf['w_o_NHD'] == P('stage', None, None, 'fsdp')
+  assert by_leaf['w_up_DF'] == P('stage', None, 'tensor') and by_leaf['w_down_FD'] == P('stage', None, 'fsdp')
+  place(tx, params)                                                          # and they can lie there
+
+
 def test_factored_specs_follow_optax_for_square_matrices_too():
   """Gradients that vary along D only: a mean that kept D varies, one that lost it is flat; so which dim is left is seen
   in the values, whatever the order in which optax takes equal dims."""
@@ -314,10 +337,10 @@ def test_factored_specs_follow_optax_for_square_matrices_too():
       assert spec == P('stage', 'fsdp' if float(jnp.ptp(moment)) > 0 else 'tensor'), (field, path)
 
 
-@pytest.mark.parametrize('name', ['adafactor', 'muon'])
-def test_update_on_a_mesh_equals_one_device(name):
+@pytest.mark.parametrize('name, muon_b2', [('adafactor', 0.0), ('muon', 0.9)])
+def test_update_on_a_mesh_equals_one_device(name, muon_b2):
   params, grads = few(0, 0.1), [few(1, 0.1), few(2, 0.1)]
-  tx = optimizer.make(dataclasses.replace(BASE, name=name), params)
+  tx = optimizer.make(dataclasses.replace(BASE, name=name, muon_b2=muon_b2), params)
   mesh, placed, state, shardings = place(tx, params)
   on_mesh = jax.jit(tx.update, in_shardings=(shardings[0], shardings[1], shardings[0]),
                     out_shardings=(shardings[0], shardings[1]))

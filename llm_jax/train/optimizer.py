@@ -5,6 +5,8 @@ in [0, 1], kept apart so that the number of steps can change while training (a w
 
 Who is decayed, who gets Muon and where a moment lies on the mesh all follow from the letters of the parameters' names.
 """
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,7 +71,7 @@ def make(cfg: config.Optimizer, params) -> optax.GradientTransformation:
   lion       arXiv 2302.06675; wants about a tenth of AdamW's learning rate.
   muon       kellerjordan.github.io/posts/muon: Nesterov momentum, orthogonalised per layer, times
              sqrt(max(1, out / in)), with peak matrix_learning_rate, for the matrices of `muon_labels`; AdamW
-             for the rest.
+             for the rest. With muon_b2 the outputs of a matrix then move alike (NorMuon, arXiv 2510.05491).
   With tuned_width, matrices that sum over the model's width have a peak of learning_rate * tuned_width / width (muP,
   arXiv 2203.03466: what an update changes of their outputs then does not grow with the width); muon's have it built in.
   """
@@ -147,14 +149,49 @@ def _scale_by_muon(cfg):
   return optax.chain(
       optax.contrib.scale_by_muon(ns_steps=NEWTON_SCHULZ_STEPS, beta=cfg.momentum, eps=cfg.eps,
                                   weight_dimension_numbers=axes),
+      _outputs_alike(cfg.muon_b2, cfg.eps) if cfg.muon_b2 else optax.identity(),
       optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates)))
+
+
+class OutputsState(NamedTuple):
+  count: jax.Array
+  nu: optax.Updates        # like the parameters, but 1 along the axes that a matrix sums over
+
+
+def _outputs_alike(b2: float, eps: float) -> optax.GradientTransformation:
+  """Divides what an update does to each output by the root of its mean square, a moving average, and scales each matrix
+  back to the norm it had. Orthogonalised updates still differ much between outputs (NorMuon, arXiv 2510.05491)."""
+  def mean_square(path, update):
+    return jnp.square(update).mean(_matrix_axes(sharding.dims_of(path))[0], keepdims=True)
+
+  def norm(path, update):
+    axes_in, axes_out = _matrix_axes(sharding.dims_of(path))
+    return jnp.sqrt(jnp.square(update).sum(axes_in + axes_out, keepdims=True))
+
+  def init(params):
+    return OutputsState(jnp.zeros((), jnp.int32), jax.tree_util.tree_map_with_path(
+        lambda path, w: jnp.zeros_like(mean_square(path, w)), params))
+
+  def update(updates, state, params=None):
+    del params
+    count = state.count + 1
+    nu = jax.tree_util.tree_map_with_path(
+        lambda path, u, nu: b2 * nu + (1 - b2) * mean_square(path, u), updates, state.nu)
+
+    def scale(path, update, nu):
+      alike = update / (jnp.sqrt(nu / (1 - b2**count)) + eps)
+      return alike * norm(path, update) / (norm(path, alike) + eps)
+    return jax.tree_util.tree_map_with_path(scale, updates, nu), OutputsState(count, nu)
+
+  return optax.GradientTransformation(init, update)
 
 
 def opt_state_specs(tx: optax.GradientTransformation, params, param_specs):
   """PartitionSpecs of tx.init(params), for its out_shardings: jit alone would leave every moment replicated.
 
   params: arrays or ShapeDtypeStructs; param_specs: their specs (sharding.param_specs). A moment has its parameter's
-  spec, a factored moment (Adafactor's rows and columns) that spec without the reduced dim, the rest is replicated.
+  spec, a factored moment (Adafactor's rows and columns) that spec without the reduced dim, one that was averaged over
+  some dims (NorMuon's) that spec without their axes, the rest is replicated.
   """
   shapes = {_keys(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(params)}
   specs = {_keys(path): s for path, s in
@@ -166,6 +203,9 @@ def opt_state_specs(tx: optax.GradientTransformation, params, param_specs):
       return P()
     if leaf.shape == shapes[keys]:
       return specs[keys]
+    if len(leaf.shape) == len(shapes[keys]):
+      axes = list(specs[keys]) + [None] * (leaf.ndim - len(specs[keys]))
+      return P(*(axis if n > 1 else None for axis, n in zip(axes, leaf.shape)))
     return _factored_spec(jax.tree_util.keystr(path), leaf.shape, shapes[keys], specs[keys])
 
   return jax.tree_util.tree_map_with_path(spec, jax.eval_shape(tx.init, params))
