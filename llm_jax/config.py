@@ -234,7 +234,7 @@ CHOICES = {
     'model.attention': ('causal', 'prefix', 'bidirectional'),
     'model.mlp': ('gelu', 'gelu_exact', 'geglu', 'swiglu', 'relu2', 'relu'),
     'model.router': ('softmax', 'sigmoid'), 'model.expert_exchange': ('fixed', 'ragged'),
-    'model.dtype': ('auto', 'float32', 'bfloat16'), 'model.kernel': ('auto', 'xla', 'cudnn', 'splash'),
+    'model.dtype': ('auto', 'float32', 'bfloat16'), 'model.kernel': ('auto', 'xla', 'cudnn', 'triton', 'splash'),
     'model.remat': ('auto', 'none', 'dots', 'full', 'offload'),
     'data.source': ('stdlib', 'text', 'jsonl', 'parquet', 'arrayrecord', 'tfds', 'mixture'),
     'data.packing': ('concat', 'pack'), 'data.valid': ('hash', 'tail', 'given'),

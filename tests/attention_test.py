@@ -1,5 +1,6 @@
 """Who sees whom, and every kernel against the plain one: values, gradients, the choice and its reasons."""
 import dataclasses
+import functools
 import math
 
 import jax
@@ -12,7 +13,15 @@ from llm_jax import config as config_lib
 from llm_jax import sharding
 from llm_jax.config import ConfigError, Mesh
 from llm_jax.models import attention, transformer
-from llm_jax.models.attention import BLOCK, attend_causal, attend_cudnn, attend_splash, attend_xla, choose
+from llm_jax.models.attention import (
+  BLOCK,
+  attend_causal,
+  attend_cudnn,
+  attend_splash,
+  attend_triton,
+  attend_xla,
+  choose,
+)
 from llm_jax.models.layers import alibi_slopes
 from llm_jax.models.view import View, visible
 from llm_jax.train import optimizer, step
@@ -102,12 +111,30 @@ SPLASH = {
 
 @pytest.mark.parametrize('name', SPLASH)
 def test_splash_is_xla(name):
-  case = dict(window=0, softcap=0.0, segments=True, K=2, mesh=None) | SPLASH[name]
-  operands = qkv(4 if case['mesh'] else 1, 128, 4, case['K'], 128)
+  case = dict(window=0, softcap=0.0) | SPLASH[name]
+  check_flash(functools.partial(attend_splash, interpret=True), dict(H=128) | case, T=128,
+              options=dict(window=case['window'], scale=0.1, softcap=case['softcap']))
+
+
+TRITON = {
+    'causal, segments': dict(kind='causal'), 'causal, one kv head': dict(kind='causal', K=1, segments=False, H=128),
+    'bidirectional, segments': dict(kind='bidirectional', K=4),
+    'causal, segments, mesh': dict(kind='causal', mesh=Mesh(2, 2, 2))}
+
+
+@pytest.mark.parametrize('name', TRITON)
+def test_triton_is_xla(name):
+  triton = lambda *args, window, softcap, **options: attend_triton(*args, **options, interpret=True)
+  check_flash(triton, {'H': 48} | TRITON[name], T=256, options=dict(window=0, scale=0.1, softcap=0.0))
+
+
+def check_flash(kernel, case, T, options):
+  """A kernel's outputs and gradients are those of attend_xla."""
+  case = dict(segments=True, K=2, mesh=None) | case
+  operands = qkv(4 if case['mesh'] else 1, T, 4, case['K'], case['H'])
   weight = np.random.default_rng(1).normal(size=operands[0].shape)
-  segment_BT = np.repeat(np.repeat([[1, 2, 2, 0]], 32, 1), len(weight), 0).astype(np.int32)
+  segment_BT = np.repeat(np.repeat([[1, 2, 2, 0]], T // 4, 1), len(weight), 0).astype(np.int32)
   segment_BT = segment_BT if case['segments'] else None
-  options = dict(window=case['window'], scale=0.1, softcap=case['softcap'])
 
   def value_and_grads(kernel):
     def loss(q, k, v):
@@ -116,12 +143,12 @@ def test_splash_is_xla(name):
     return quick_jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*operands)
 
   want = value_and_grads(lambda *a: attend_xla(*a, **options)[0])
-  splash = lambda *a: attend_splash(*a, **options, interpret=True)
+  flash = lambda *a: kernel(*a, **options)
   if case['mesh']:
     with jax.set_mesh(sharding.make_mesh(case['mesh'])):
-      got = value_and_grads(splash)
+      got = value_and_grads(flash)
   else:
-    got = value_and_grads(splash)
+    got = value_and_grads(flash)
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
 
@@ -183,20 +210,27 @@ def no_gpu():
 
 
 FULL = model(width=512, head_dim=128)
+PACKED = 'cudnn not used: packed documents would become a dense mask'
+
+
+def neither(reason):
+  return f'cudnn not used: {reason}; triton not used: {reason}'
 
 
 @pytest.mark.parametrize('fields, platform, dtype, length, packed, kernel, reason', [
     (dict(), 'cpu', 'float32', 256, True, 'xla', 'the fastest on cpu'),
     (dict(), 'gpu', 'bfloat16', 256, False, 'cudnn', 'the fastest on gpu'),
     (dict(windows=(64, 0)), 'cuda', 'bfloat16', 100, False, 'cudnn', 'the fastest on cuda'),
-    (dict(), 'gpu', 'bfloat16', 256, True, 'xla', 'cudnn not used: packed documents would become a dense mask'),
-    (dict(), 'gpu', 'float32', 256, False, 'xla', 'cudnn not used: it needs bfloat16, the compute dtype is float32'),
-    (dict(attention_softcap=50.0), 'gpu', 'bfloat16', 256, False, 'xla', 'cudnn not used: it has no softcap'),
-    (dict(head_dim=12), 'gpu', 'bfloat16', 256, False, 'xla',
-     'cudnn not used: head_dim 12 is no multiple of 8 up to 256'),
+    (dict(), 'gpu', 'bfloat16', 256, True, 'triton', PACKED),
+    (dict(windows=(64, 0)), 'gpu', 'bfloat16', 256, True, 'xla', f'{PACKED}; triton not used: it has no windows'),
+    (dict(), 'gpu', 'bfloat16', 200, True, 'xla', f'{PACKED}; triton not used: length 200 is no multiple of 128'),
+    (dict(), 'gpu', 'float32', 256, False, 'xla', neither('it needs bfloat16, the compute dtype is float32')),
+    (dict(attention_softcap=50.0), 'gpu', 'bfloat16', 256, False, 'xla', neither('it has no softcap')),
+    (dict(head_dim=12), 'gpu', 'bfloat16', 256, False, 'xla', 'cudnn not used: head_dim 12 is no multiple of 8 up to '
+     '256; triton not used: head_dim 12 is no multiple of 16 up to 128'),
     (dict(attention='bidirectional', windows=(4,)), 'gpu', 'bfloat16', 256, False, 'xla',
-     'cudnn not used: its window needs causal attention'),
-    (dict(attention='prefix'), 'gpu', 'bfloat16', 256, False, 'xla', 'cudnn not used: it has no prefix mask'),
+     'cudnn not used: its window needs causal attention; triton not used: it has no windows'),
+    (dict(attention='prefix'), 'gpu', 'bfloat16', 256, False, 'xla', neither('it has no prefix mask')),
     (dict(positions='alibi'), 'tpu', 'bfloat16', 256, True, 'xla', 'splash not used: it has no ALiBi bias'),
     (dict(encoder_layers=1), 'tpu', 'bfloat16', 256, True, 'xla', 'splash not used: it has no cross-attention here'),
     (dict(), 'tpu', 'bfloat16', 256, True, 'splash', 'the fastest on tpu'),
@@ -209,14 +243,15 @@ FULL = model(width=512, head_dim=128)
 def test_choose(fields, platform, dtype, length, packed, kernel, reason, no_gpu):
   cfg = dataclasses.replace(FULL, **fields)
   assert choose(cfg, platform, dtype, length, packed) == (kernel, reason)
-  best = reason.partition(' not used: ')[0]
-  if best in ('cudnn', 'splash'):                # what auto passes over is an error where it was asked for
-    with pytest.raises(ConfigError, match=f"config.model.kernel: '{best}' cannot be used: {reason.partition(': ')[2]}"):
+  for passed_over in reason.split('; ') if ' not used: ' in reason else ():
+    best, _, why = passed_over.partition(' not used: ')           # is an error where it was asked for
+    with pytest.raises(ConfigError, match=f"config.model.kernel: '{best}' cannot be used: {why}"):
       choose(dataclasses.replace(cfg, kernel=best), platform, dtype, length, packed)
 
 
 def test_a_kernel_asked_for_on_a_cpu_is_refused(no_gpu):
-  for kernel, reason in dict(cudnn='it needs an NVIDIA GPU, this is cpu', splash='it needs a TPU, this is cpu').items():
+  gpu = 'it needs an NVIDIA GPU, this is cpu'
+  for kernel, reason in dict(cudnn=gpu, triton=gpu, splash='it needs a TPU, this is cpu').items():
     with pytest.raises(ConfigError, match=reason):
       choose(dataclasses.replace(FULL, kernel=kernel), jax.default_backend(), 'bfloat16', 256, False)
 
@@ -256,13 +291,15 @@ def test_cudnn_lowers_for_a_gpu(monkeypatch):
 
 
 def step_text(kernel: str) -> str:
-  """The training step of a model of two layers, lowered for CUDA as if cuDNN were installed."""
+  """The training step of a model of two layers, lowered for CUDA as if cuDNN were installed; triton's with packed
+  documents."""
   model = dataclasses.replace(FULL, dtype='bfloat16', kernel=kernel, qk_norm='head')
   cfg = config_lib.Config(model=model, data=config_lib.Data(length=128), train=config_lib.Train(batch_size=2))
   tx = optimizer.make(cfg.optimizer, jax.eval_shape(lambda: transformer.init(model, jax.random.key(0))))
   state = jax.eval_shape(lambda: step.init_state(cfg, model, tx, jax.random.key(0)))
+  packed = dict(position_BT=jnp.int32, segment_BT=jnp.int32) if kernel == 'triton' else {}
   batch = {name: jax.ShapeDtypeStruct((2, 128), dtype) for name, dtype in dict(
-      token_BT=jnp.int32, target_BT=jnp.int32, mask_BT=jnp.float32).items()}
+      token_BT=jnp.int32, target_BT=jnp.int32, mask_BT=jnp.float32, **packed).items()}
   traced = jax.jit(step.make_train_step(cfg, model, tx, kernel)).trace(state, batch)
   return traced.lower(lowering_platforms=('cuda',)).as_text()
 
@@ -276,8 +313,11 @@ def test_the_kernel_of_the_banner_is_in_the_step(monkeypatch):
     pytest.skip(f'this jax lowers cuDNN attention only where cuDNN is installed: {e}')
   attention.verify('cudnn', text)
   assert 'custom_call @__cudnn$fmhaSoftmax(' in text and 'custom_call @__cudnn$fmhaSoftmaxBackward(' in text
+  packed = step_text('triton')
+  attention.verify('triton', packed)
+  assert 'mha_forward' in packed and 'mha_backward' in packed
   plain = step_text('xla')
   attention.verify('xla', plain)
-  for kernel in ('cudnn', 'splash', 'ring'):
+  for kernel in ('cudnn', 'triton', 'splash', 'ring'):
     with pytest.raises(RuntimeError, match=f"attention does not run by '{kernel}'.*kernel=xla trains without it"):
       attention.verify(kernel, plain)

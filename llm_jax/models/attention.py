@@ -1,7 +1,7 @@
 """Attention: its kernels and the module with its weights. Who may see whom is in view.py.
 
-Kernels: `xla` (plain einsums, everything supported, every backend), `cudnn` (GPU, flash), `splash` (TPU, Pallas),
-`ring` (positions split over `context`: ring.py).
+Kernels: `xla` (plain einsums, everything supported, every backend), `cudnn` (GPU, flash), `triton` (GPU, flash, Pallas:
+for packed documents), `splash` (TPU, Pallas), `ring` (positions split over `context`: ring.py).
 `choose` names the one in use and why; a kernel that was asked for and cannot be used is an error, never a fallback.
 """
 import functools
@@ -89,8 +89,8 @@ def attend_cudnn(q_BTNH, k_BSKH, v_BSKH, view: View, *, window, scale):
 
 
 def attend_splash(q_BTNH, k_BSKH, v_BSKH, view: View, *, window, scale, softcap, interpret=False):
-  """Splash attention, the TPU's block-sparse flash kernel in Pallas, with segments and softcap. Rows and heads are
-  split by shard_map, since a Pallas call is opaque to the partitioner. interpret=True runs it on a CPU, slowly."""
+  """Splash attention, the TPU's block-sparse flash kernel in Pallas, with segments and softcap. interpret=True runs it
+  on a CPU, slowly."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -113,15 +113,37 @@ def attend_splash(q_BTNH, k_BSKH, v_BSKH, view: View, *, window, scale, softcap,
         heads_first(q_BTNH * scale, 1), heads_first(k_BSKH, groups), heads_first(v_BSKH, groups), segments)
     return o_BNTH.swapaxes(1, 2).astype(q_BTNH.dtype)
 
+  return _by_rows_and_heads(local, q_BTNH, k_BSKH, v_BSKH, view.segment_BT)
+
+
+def attend_triton(q_BTNH, k_BSKH, v_BSKH, view: View, *, scale, interpret=False):
+  """FlashAttention-2 (arXiv 2307.08691) in Triton through Pallas, with segments, which cuDNN does not take as a mask.
+  interpret=True runs it on a CPU, slowly."""
+  from jax.experimental.pallas.ops.gpu import attention as flash
+  block = 128 if q_BTNH.shape[-1] <= 64 else 64      # keys, values and queries of two stages: at most 80 KB of an SM
+  sizes = flash.BlockSizes(block, block, block_q_dkv=32, block_kv_dkv=32, block_q_dq=32, block_kv_dq=32)
+
+  def local(q_BTNH, k_BSKH, v_BSKH, segment_BT):
+    groups = q_BTNH.shape[2] // k_BSKH.shape[2]
+    k_BSNH, v_BSNH = (jnp.repeat(x, groups, axis=2) for x in (k_BSKH, v_BSKH))
+    return flash.mha(q_BTNH, k_BSNH, v_BSNH, segment_BT, sm_scale=scale, causal=view.kind == 'causal',
+                     block_sizes=sizes, interpret=interpret)
+
+  return _by_rows_and_heads(local, q_BTNH, k_BSKH, v_BSKH, view.segment_BT)
+
+
+def _by_rows_and_heads(local, q_BTNH, k_BSKH, v_BSKH, segment_BT):
+  """local(q, k, v, segments or None) -> o of the rows and heads that each device has: by shard_map, since a Pallas call
+  is opaque to the partitioner."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
-    return local(q_BTNH, k_BSKH, v_BSKH, view.segment_BT)
+    return local(q_BTNH, k_BSKH, v_BSKH, segment_BT)
   q_spec, k_spec = spec('BTNH', ACT, q_BTNH.shape, mesh), spec('BSKH', ACT, k_BSKH.shape, mesh)
   if q_spec[2] != k_spec[2]:                               # too few kv heads for the tensor axis: one per query head
     k_BSKH, v_BSKH = (jnp.repeat(x, q_BTNH.shape[2] // k_BSKH.shape[2], axis=2) for x in (k_BSKH, v_BSKH))
     k_spec = q_spec
-  return per_device(local, (q_spec, k_spec, k_spec, P(ACT['B']) if view.segment_BT is not None else P()),
-                    q_spec)(q_BTNH, k_BSKH, v_BSKH, view.segment_BT)
+  return per_device(local, (q_spec, k_spec, k_spec, P(ACT['B']) if segment_BT is not None else P()),
+                    q_spec)(q_BTNH, k_BSKH, v_BSKH, segment_BT)
 
 
 def unusable(kernel: str, cfg: config_lib.Model, platform: str, dtype: str, length: int, packed: bool) -> str:
@@ -134,7 +156,7 @@ def unusable(kernel: str, cfg: config_lib.Model, platform: str, dtype: str, leng
     return 'it has no prefix mask'
   if cfg.encoder_layers:
     return 'it has no cross-attention here'
-  if kernel == 'cudnn':
+  if kernel in ('cudnn', 'triton'):
     if platform not in ('gpu', 'cuda'):
       return f'it needs an NVIDIA GPU, this is {platform}'
     if capability() < 8:
@@ -143,6 +165,8 @@ def unusable(kernel: str, cfg: config_lib.Model, platform: str, dtype: str, leng
       return f'it needs bfloat16, the compute dtype is {dtype}'
     if cfg.attention_softcap:
       return 'it has no softcap'
+    if kernel == 'triton':
+      return _unusable_by_triton(cfg, length)
     if packed:
       return 'packed documents would become a dense mask'
     if cfg.attention == 'bidirectional' and any(cfg.windows):
@@ -157,12 +181,21 @@ def unusable(kernel: str, cfg: config_lib.Model, platform: str, dtype: str, leng
   return '' if cfg.head_dim % 128 == 0 else f'head_dim {cfg.head_dim} is no multiple of 128'
 
 
+def _unusable_by_triton(cfg, length):
+  if any(cfg.windows):
+    return 'it has no windows'
+  if length % 128:
+    return f'length {length} is no multiple of 128'
+  fits = cfg.head_dim % 16 == 0 and cfg.head_dim <= 128
+  return '' if fits else f'head_dim {cfg.head_dim} is no multiple of 16 up to 128'
+
+
 def choose(cfg: config_lib.Model, platform: str, dtype: str, length: int, packed: bool,
            context: int = 1) -> tuple[str, str]:
   """(kernel, reason) for the banner; context: ways that positions are split. Raises ConfigError where the kernel asked
   for cannot be used."""
   if context > 1:
-    if cfg.kernel in ('cudnn', 'splash'):
+    if cfg.kernel in ('cudnn', 'triton', 'splash'):
       raise ConfigError(f'config.model.kernel: {cfg.kernel!r} sees whole sequences, and mesh.context splits them in '
                         f"{context}; set kernel to 'auto' or context to 1")
     if length % (2 * context):
@@ -173,14 +206,17 @@ def choose(cfg: config_lib.Model, platform: str, dtype: str, length: int, packed
     if reason:
       raise ConfigError(f"config.model.kernel: {cfg.kernel!r} cannot be used: {reason}; set it to 'auto' or 'xla'")
     return cfg.kernel, 'as configured'
-  best = {'tpu': 'splash', 'gpu': 'cudnn', 'cuda': 'cudnn'}.get(platform, 'xla')
-  reason = unusable(best, cfg, platform, dtype, length, packed)
-  if reason:
-    return 'xla', f'{best} not used: {reason}'
-  return best, f'the fastest on {platform}'
+  passed_over = []
+  for kernel in {'tpu': ('splash',), 'gpu': ('cudnn', 'triton'), 'cuda': ('cudnn', 'triton')}.get(platform, ()):
+    reason = unusable(kernel, cfg, platform, dtype, length, packed)
+    if not reason:
+      return kernel, '; '.join(passed_over) or f'the fastest on {platform}'
+    passed_over.append(f'{kernel} not used: {reason}')
+  return 'xla', '; '.join(passed_over) or f'the fastest on {platform}'
 
 
-MARKS = dict(cudnn=('__cudnn$fmha',), splash=('splash', 'tpu_custom_call'), ring=('collective-permute',))
+MARKS = dict(cudnn=('__cudnn$fmha',), triton=('xla.gpu.triton',), splash=('splash', 'tpu_custom_call'),
+             ring=('collective-permute',))
 
 
 def verify(kernel: str, text: str) -> None:
@@ -244,6 +280,8 @@ class Attention(nnx.Module):
     common = dict(window=self.window, scale=scale)
     if kernel == 'cudnn':
       o_BTNH = attend_cudnn(q_BTNH, k_BSKH, v_BSKH, view, **common)
+    elif kernel == 'triton':
+      o_BTNH = attend_triton(q_BTNH, k_BSKH, v_BSKH, view, scale=scale)
     elif kernel == 'splash':
       o_BTNH = attend_splash(q_BTNH, k_BSKH, v_BSKH, view, softcap=cfg.attention_softcap, **common)
     else:

@@ -43,7 +43,7 @@ def _part(program: hlo.Program, op: hlo.Op, flops: float) -> str:
     return 'optimizer'
   if '/loss/' in scope or '/logits/' in scope:
     return 'loss'
-  kernel = op.opcode == 'custom-call' and re.search('fmha|splash|flash', op.attrs + op.config)
+  kernel = op.opcode == 'custom-call' and re.search('fmha|splash|triton', op.attrs + op.config)
   batched = any(o.opcode == 'dot' and hlo.ints(o.attr('lhs_batch_dims', r'\{([\d,]*)\}')) for o in inside)
   if flops and not kernel and not batched:
     return 'matmul'
