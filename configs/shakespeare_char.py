@@ -3,12 +3,14 @@ optimizer and schedule; the initial weights are drawn as everywhere here, not al
 
   python -m llm_jax.main --config=configs/shakespeare_char.py          size cpu: 4 x 128, 2,000 steps of 12 x 64
   python -m llm_jax.main --config=configs/shakespeare_char.py:gpu      size gpu: 6 x 384, 5,000 steps of 64 x 256
-  ... :cpu_ours, :gpu_ours       the same sizes and tokens, base.py's model with SwiGLU, and Muon
+  ... :cpu_ours, :gpu_ours       the same sizes and tokens, base.py's model with SwiGLU, and NorMuon; on a CPU two heads
+                                 share a key, and every other layer sees 8 characters
 
 The text comes from tfds (tiny_shakespeare, downloaded once), or from a file, split 90/10 as nanoGPT does:
   --config.data.source=text --config.data.path=input.txt --config.data.valid=tail
-nanoGPT's validation losses: 1.88 (cpu), 1.4697 (gpu). Here: 1.7865 (cpu, 3 minutes on 2 cores), 1.5541 (cpu_ours); gpu
-not run. `python -m llm_jax.bench learn --text=input.txt --recipe=cpu,cpu_ours --peer=torch` compares them.
+nanoGPT's validation losses: 1.88 (cpu), 1.4697 (gpu). Here: 1.7865 (cpu, 3 minutes on 2 cores), 1.5355 (cpu_ours,
+mean of 3 seeds); gpu not run. On a CPU give the gpu size train.accumulate=16: with dropout the automatic number is 1.
+`python -m llm_jax.bench learn --text=input.txt --recipe=cpu,cpu_ours --peer=torch` compares them.
 """
 import base
 
