@@ -308,7 +308,7 @@ def evaluation(train, model):
     ('span', 'prefix', 'concat')])
 def test_each_objective_lowers_its_validation_loss(objective, attention, packing):
   """Below the 2.7 nats of a model that knows only how often each letter comes."""
-  before, after, _ = learn(150 if objective in ('masked', 'span') else 60, train=dict(objective=objective),
+  before, after, _ = learn(220 if objective in ('masked', 'span') else 60, train=dict(objective=objective),
                            model=dict(attention=attention), data=dict(packing=packing))
   assert before > 5
   assert after < 2.5

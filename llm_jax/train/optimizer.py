@@ -149,7 +149,7 @@ def _scale_by_muon(cfg):
   return optax.chain(
       optax.contrib.scale_by_muon(ns_steps=NEWTON_SCHULZ_STEPS, beta=cfg.momentum, eps=cfg.eps,
                                   weight_dimension_numbers=axes),
-      _outputs_alike(cfg.muon_b2, cfg.eps) if cfg.muon_b2 else optax.identity(),
+      *([_outputs_alike(cfg.muon_b2, cfg.eps)] if cfg.muon_b2 else []),
       optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates)))
 
 
