@@ -125,11 +125,13 @@ def test_another_model_is_refused_readably_and_nothing_is_touched(whole, capsys)
   folder, _, _ = whole
   before = files_under(folder / 'run')
   with pytest.raises(SystemExit) as e:
-    main.main(runs.flags(folder, **HARD, model__width=64, tokenizer__kind='char'))
+    main.main(runs.flags(folder, **HARD, model__width=64, tokenizer__kind='char', optimizer__muon_b2=0.9))
   assert e.value.code == 2
   error = capsys.readouterr().err
   assert error.count('\n') == 1
-  assert 'model.width was 32, is 64' in error and "tokenizer.kind was 'byte', is 'char'" in error
+  for changed in ('model.width was 32, is 64', "tokenizer.kind was 'byte', is 'char'",
+                  'optimizer.muon_b2 was 0.0, is 0.9'):
+    assert changed in error
   with pytest.raises(ConfigError, match='checkpoint.resume is False'):
     runs.train(folder, **HARD, checkpoint__resume='False')
   assert files_under(folder / 'run') == before

@@ -11,8 +11,8 @@ from llm_jax.config import ConfigError
 from llm_jax.data import store
 from llm_jax.data import tokenizer as tokenizer_lib
 
-FIXED = ('model.', 'tokenizer.', 'data.', 'optimizer.name', 'train.batch_size', 'train.seed', 'train.objective',
-         'train.ema', 'train.spike_window', 'init_from')
+FIXED = ('model.', 'tokenizer.', 'data.', 'optimizer.name', 'optimizer.muon_b2', 'train.batch_size', 'train.seed',
+         'train.objective', 'train.ema', 'train.spike_window', 'init_from')
 FREE = ('model.kernel', 'model.remat', 'model.unroll', 'model.dropout', 'tokenizer.path', 'tokenizer.train_mb',
         'data.source', 'data.path', 'data.field', 'data.valid_path', 'data.cache_dir', 'data.workers',
         'data.max_bad_records')     # may change: the text and the tokenizer themselves are compared
