@@ -5,6 +5,7 @@ for packed documents), `splash` (TPU, Pallas), `ring` (positions split over `con
 `choose` names the one in use and why; a kernel that was asked for and cannot be used is an error, never a fallback.
 """
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -215,14 +216,15 @@ def choose(cfg: config_lib.Model, platform: str, dtype: str, length: int, packed
   return 'xla', '; '.join(passed_over) or f'the fastest on {platform}'
 
 
-MARKS = dict(cudnn=('__cudnn$fmha',), triton=('xla.gpu.triton',), splash=('splash', 'tpu_custom_call'),
-             ring=('collective-permute',))
+# Patterns of a program's text. A Triton call is __gpu$xla.gpu.triton or triton_kernel_call, by the version of jax.
+MARKS = dict(cudnn=(r'__cudnn\$fmha',), triton=(r'xla\.gpu\.triton|triton_kernel_call',),
+             splash=('splash', 'tpu_custom_call'), ring=('collective-permute',))
 
 
 def verify(kernel: str, text: str) -> None:
   """Raises RuntimeError where a compiled program (its HLO text) does not hold the kernel that the banner names: it
   would train all the same, at half the speed."""
-  missing = [mark for mark in MARKS.get(kernel, ()) if mark not in text]
+  missing = [mark for mark in MARKS.get(kernel, ()) if not re.search(mark, text)]
   if missing:
     raise RuntimeError(f'the compiled step has no {" or ".join(missing)}, so attention does not run by {kernel!r}; '
                        "--config.model.kernel=xla trains without it; please report the versions of jax and jaxlib")

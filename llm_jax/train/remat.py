@@ -22,7 +22,7 @@ def lightest(compiled: Callable, remat: str, limit: float | None = None) -> tupl
     try:
       step = compiled(remat)
     except jax.errors.JaxRuntimeError as e:            # a TPU's compiler finds that it does not fit
-      if 'RESOURCE_EXHAUSTED' not in str(e) or remat == ORDER[-1]:
+      if 'RESOURCE_EXHAUSTED' not in str(e) or 'hared memory' in str(e) or remat == ORDER[-1]:
         raise
       tried.append(f'{remat} does not fit, says the compiler')
       continue
