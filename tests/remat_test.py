@@ -11,6 +11,7 @@ import runs
 import tiny
 
 from llm_jax import config as config_lib
+from llm_jax.config import ConfigError
 from llm_jax.planner import program
 from llm_jax.train import remat
 
@@ -73,7 +74,9 @@ def test_a_compiler_that_finds_no_room_is_asked_for_the_next():
   assert remat.needed(fits) == 10
   with pytest.raises(jax.errors.JaxRuntimeError, match='INTERNAL'):
     remat.lightest(functools.partial(compiled, error='INTERNAL: broken'), 'auto', 100)
-  with pytest.raises(jax.errors.JaxRuntimeError, match='Used 20G'):
+  with pytest.raises(jax.errors.JaxRuntimeError, match='Shared memory'):         # of a kernel, not of the device
+    remat.lightest(functools.partial(compiled, error='RESOURCE_EXHAUSTED: Shared memory size limit'), 'auto', 100)
+  with pytest.raises(ConfigError, match="not even 'full' fits.*a smaller train.batch_size.*Used 20G"):
     remat.lightest(functools.partial(compiled, refused=remat.ORDER), 'auto', 100)
 
 
@@ -87,5 +90,5 @@ def test_a_plan_takes_what_the_run_would():
   none, dots = (program.compile_step(program.with_remat(cfg, name), machine).bytes for name in ('none', 'dots'))
   assert none > dots
   for limit, chosen in ((none, 'none'), (dots, 'dots')):
-    small = dataclasses.replace(machine, chip=dataclasses.replace(machine.chip, memory=limit))
+    small = dataclasses.replace(machine, chip=dataclasses.replace(machine.chip, memory=limit / remat.SHARE + 1))
     assert program.compile_step(cfg, small).model.remat == chosen

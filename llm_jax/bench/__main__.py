@@ -36,7 +36,8 @@ def main(argv: list[str]) -> None:
   parser.add_argument('what', choices=tuple(COMMANDS))
   parser.add_argument('--peer', choices=('none', 'torch'), default='none')
   parser.add_argument('--compiled', action='store_true', help='also torch.compile (slow to start)')
-  parser.add_argument('--remat', default='auto', choices=('auto', 'none', 'dots', 'full'), help='of train')
+  parser.add_argument('--remat', default='auto', choices=('auto', 'none', 'dots', 'full'),
+                      help='of train, compile and grow (auto: none)')
   parser.add_argument('--explain', action='store_true', help="of train: where a step's time goes, by part")
   parser.add_argument('--model', help='that decode and serve run')
   parser.add_argument('--streams', type=int, default=32, help='of decode and serve, at the same time')

@@ -39,6 +39,7 @@ class Ours:
     self.state = jax.jit(lambda key: step_lib.init_state(cfg, model, tx, key))(jax.random.key(0))
     self.batch = dict(token_BT=token_BT[:, :-1], target_BT=token_BT[:, 1:], mask_BT=token_BT[:, 1:] * 0.0 + 1.0)
     self.batch = jax.device_put({k: v.astype('float32' if k == 'mask_BT' else 'int32') for k, v in self.batch.items()})
+
     def compiled(remat):
       start = time.perf_counter()
       step = step_lib.make_train_step(cfg, dataclasses.replace(model, remat=remat), tx, kernel,

@@ -176,19 +176,12 @@ def compile_step(cfg: config_lib.Config, machine: Machine, full: bool = False) -
   """Compiles the step of a config: the program of the training loop. On TPUs with little effort at its speed at first,
   in a third of the time or less: FLOPs and what is sent are the same, temporaries differ by a few GiB, and memory
   traffic is an upper estimate. Where that comes near the chip's memory (ROOM), or traffic is what binds, it is compiled
-  again as training would, as everything is with full=True. remat='auto' becomes what the loop would choose. Raises
-  ConfigError as the loop would, and OutOfMemory where a TPU's compiler finds no room for it."""
+  again as training would, as everything is with full=True. remat='auto' becomes what the loop would choose with all of
+  the chip's memory. Raises ConfigError as the loop would, and OutOfMemory where a TPU's compiler finds no room."""
   if cfg.model.remat == 'auto':
-    for remat in remat_lib.ORDER:
-      try:
-        program = compile_step(with_remat(cfg, remat), machine, full)
-      except OutOfMemory:
-        if remat == remat_lib.ORDER[-1]:
-          raise
-        continue
-      if program.fits:
-        break
-    return program
+    return remat_lib.lightest(
+        lambda remat: compile_step(with_remat(cfg, remat), machine, full), 'auto', machine.chip.memory or math.inf,
+        size_of=lambda program: program.bytes, no_room=lambda e: isinstance(e, OutOfMemory))[0]
   start = time.monotonic()
   platform = machine.topology.platform
   if machine.stand_in and cfg.model.remat == 'offload':

@@ -229,6 +229,7 @@ class Run:
   def compile(self) -> None:
     """Compiles the train step ahead of time: the loop can then never compile again, it would raise instead."""
     cfg = self.cfg
+
     def compiled(remat):
       model = dataclasses.replace(self.model, remat=remat)
       step = step_lib.make_train_step(cfg, model, self.tx, self.kernel, self.microbatches)
