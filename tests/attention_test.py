@@ -129,7 +129,7 @@ def test_triton_is_xla(name):
 
 
 def test_triton_in_bfloat16_errs_like_xla():
-  """In the dtype that it is used in: gradients at most twice as far from float32's as the plain kernel's in bfloat16."""
+  """In the dtype of its use: gradients at most twice as far from float32's as the plain kernel's in bfloat16."""
   operands = qkv(2, 256, 4, 2, 64, jnp.bfloat16)
   weight = np.random.default_rng(1).normal(size=operands[0].shape)
   segment_BT = np.repeat([[1, 2, 0]], 2, 0).repeat([100, 100, 56], 1).astype(np.int32)
