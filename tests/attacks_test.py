@@ -13,6 +13,12 @@ from llm_jax.config import ConfigError
 from llm_jax.generate import chat, constrain
 
 
+def idle(server):
+  """Waits until nothing of an earlier request is left in the server."""
+  while not {'llm_jax_running 0.0', 'llm_jax_waiting 0.0'} <= set(httpx.get(server[0] + '/metrics').text.splitlines()):
+    time.sleep(0.1)
+
+
 @pytest.mark.parametrize('key', ['n', 'best_of', 'max_tokens'])
 def test_S1_huge_numbers_are_refused_in_an_instant(server, key):
   """The quickest of ten: others use the machine too."""
@@ -100,6 +106,7 @@ def test_S6_clients_that_leave_free_their_slots(server, clients):
 def test_S7_a_slow_reader_holds_nobody_up(server):
   """More is made for it than its connection holds, its slots are free again while it has read nothing, and all of it is
   there when it does read."""
+  idle(server)
   host, port = server[0].removeprefix('http://').split(':')
   body = json.dumps(dict(prompt='x', max_tokens=250, stream=True, logprobs=20, n=6, temperature=1.0)).encode()
   with socket.socket() as s:
@@ -110,8 +117,7 @@ def test_S7_a_slow_reader_holds_nobody_up(server):
     time.sleep(0.2)
     while post(server, '/v1/completions', dict(prompt='y', max_tokens=5)).status_code == 429:
       time.sleep(0.1)
-    while 'llm_jax_running 0.0' not in httpx.get(server[0] + '/metrics').text:
-      time.sleep(0.1)
+    idle(server)
     read = b''
     while piece := s.recv(1 << 20):
       read += piece
