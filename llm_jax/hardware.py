@@ -1,5 +1,6 @@
 """What accelerators can do, and which machines are made of them: figures for MFU (train/metrics.py) and for planning
-runs on machines that are not here (plan.py). And the cache of what was compiled for this one."""
+runs on machines that are not here (plan.py). And what this one keeps: compiled programs, and memory."""
+import ctypes
 import dataclasses
 import hashlib
 import pathlib
@@ -112,3 +113,15 @@ def keep_programs(folder) -> None:
   cpu = hashlib.sha256((platform.machine() + (flags.group() if flags else '')).encode()).hexdigest()[:8]
   jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(folder) / f'xla-{cpu}'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+def keep_memory() -> None:
+  """Memory that a step frees stays with the process for the next one; to be called before JAX starts its threads.
+  XLA on a CPU allocates a step's temporaries anew for each step, and glibc by default gives blocks of more than 32 MiB
+  back to the system, which then clears every page again: up to a third of a small model's step (docs/log.md). Without
+  glibc nothing changes."""
+  mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if platform.libc_ver()[0] == 'glibc' else None
+  if mallopt:
+    mallopt(-8, 1)              # M_ARENA_MAX: one heap for all threads, for others are cut into blocks of 64 MiB
+    mallopt(-4, 0)              # M_MMAP_MAX: no block of its own, all in the heap
+    mallopt(-1, -1)             # M_TRIM_THRESHOLD: the heap's end stays too

@@ -1,9 +1,12 @@
-"""What is kept of compiled programs, and where."""
+"""What is kept: of compiled programs, and where; and of memory."""
 import os
+import platform
+import statistics
 import subprocess
 import sys
 
 import pytest
+import runs
 
 CODE = """
 import sys
@@ -27,3 +30,28 @@ def test_programs_are_kept_and_read_again_in_silence(named, tmp_path):
   for run in runs:
     assert run.returncode == 0 and run.stdout.strip() == str(tmp_path / folders[0]) and not run.stderr, run.stderr
   assert len([p for p in (tmp_path / folders[0]).iterdir() if p.name.endswith('-cache')]) >= 1
+
+
+FAULTS = """
+import atexit, itertools, resource
+from llm_jax import hardware
+from llm_jax.train import loop
+seen, log = [], loop.Run.log
+def counted(self, *args):
+  seen.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+  return log(self, *args)
+loop.Run.log = counted
+atexit.register(lambda: print('faults', *(b - a for a, b in itertools.pairwise(seen))))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='only glibc has mallopt')
+def test_steps_work_in_the_memory_of_the_steps_before(tmp_path):
+  """The system clears no page for a step of the loop, but for those of a whole step of 50 MB where nothing is kept."""
+  runs.write_texts(tmp_path)
+  sizes = dict(train__batch_size=64, data__length=256, train__accumulate=1, train__steps=12)
+  faults = []
+  for i, code in enumerate([FAULTS, FAULTS + 'hardware.keep_memory = lambda: None']):
+    out, _ = runs.finish(runs.start(runs.flags(tmp_path, workdir=f'run{i}', **sizes), code=code))
+    faults.append(statistics.median(map(int, out.splitlines()[-1].split()[-6:])))
+  assert faults[0] < 500 and faults[1] > 5000, faults

@@ -26,10 +26,12 @@ class Ours:
   def __init__(self, flags, token_BT):
     import jax
 
+    from llm_jax import hardware as machine
     from llm_jax.models import attention, layers, transformer
     from llm_jax.train import optimizer as optimizer_lib
     from llm_jax.train import remat as remat_lib
     from llm_jax.train import step as step_lib
+    machine.keep_memory()
     model = model_of(flags)
     cfg = config_lib.Config(model=model, data=config_lib.Data(length=flags.length), optimizer=optimizer_of(),
                             train=config_lib.Train(batch_size=flags.batch))

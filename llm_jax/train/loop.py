@@ -42,6 +42,7 @@ def train(cfg: config_lib.Config, workdir: str, started: float | None = None, ow
   Raises ConfigError before any work for what the user can put right.
   """
   started = time.time() if started is None else started
+  hardware.keep_memory()
   if cfg.mesh.distributed:
     sharding.initialize_hosts()
   mesh = sharding.make_mesh(cfg.mesh)
