@@ -145,21 +145,41 @@ def test_any_number_of_hosts_gives_the_same_global_batch(step, how, cuts, mixed)
   assert_equal(whole, batches(step))
 
 
-@pytest.mark.parametrize('packing', ['concat', 'pack'])
-def test_every_epoch_is_all_sequences_once_in_another_order(packing):
-  """A stream's later epochs are cut elsewhere each time: that many tokens later, and the last window ends with it."""
-  batches = make(batch_size=1, packing=packing)
-  size, reader = batches.sizes[0], batches.readers[0]
-  length, last = reader.length, reader.store.n_tokens - 1 - reader.length
-  epochs = [[batches(e * size + i)['token_BT'].tobytes() for i in range(size)] for e in range(4)]
-  everything = lambda shift: collections.Counter(
-      reader.store.tokens[start:start + length].astype(np.int32).tobytes()
-      for start in np.minimum(np.arange(size) * length + shift, last)) if packing == 'concat' else collections.Counter(
-      reader.read(np.array([i]))['token_BT'].tobytes() for i in range(size))
-  cuts = [[shift for shift in range(length) if collections.Counter(epoch) == everything(shift)] for epoch in epochs]
-  assert all(cuts) and 0 in cuts[0]
-  assert packing == 'pack' or len({cut for cut, in cuts}) == 4
-  assert len(set(map(tuple, epochs))) == 4
+def epochs_of(batches, n=4):
+  """The batches of each of n epochs, in order; batches of one sequence."""
+  size = batches.sizes[0]
+  return [[batches(e * size + i) for i in range(size)] for e in range(n)]
+
+
+def test_every_epoch_is_all_packed_sequences_once_in_another_order():
+  epochs = [tuple(b['token_BT'].tobytes() for b in epoch) for epoch in epochs_of(make(batch_size=1, packing='pack'))]
+  assert len(set(epochs)) == 4 and len({tuple(sorted(epoch)) for epoch in epochs}) == 1
+
+
+def test_every_epoch_is_one_round_of_the_stream_cut_elsewhere_in_another_order():
+  batches = make(batch_size=1, packing='concat')
+  reader, size, n = batches.readers[0], batches.sizes[0], batches.readers[0].store.n_tokens
+  tokens = np.asarray(reader.store.tokens, np.int32)
+  start_ST = np.arange(size)[:, None] * reader.length + np.arange(reader.length + 1)
+  shifts = []
+  for epoch in epochs_of(batches):
+    seen = collections.Counter((b['token_BT'].tobytes(), b['target_BT'].tobytes()) for b in epoch)
+    def cut_at(shift):
+      return collections.Counter((w[:-1].tobytes(), w[1:].tobytes()) for w in tokens[(start_ST + shift) % n])
+    starts = {tokens_ for tokens_, _ in seen}
+    shifts.append([shift for shift in range(n) if tokens[(shift + start_ST[0, :-1]) % n].tobytes() in starts
+                   and cut_at(shift) == seen])
+    assert all(b['mask_BT'].all() for b in epoch)
+  assert all(shifts) and 0 in shifts[0] and len(set(map(tuple, shifts))) == 4, shifts
+
+
+def test_a_sequence_over_the_end_of_a_stream_goes_on_at_its_start():
+  reader = make(packing='concat').readers[0]
+  store = reader.store
+  (start, stop), (first, end) = reader.ranges(0, store.n_tokens - 5)
+  assert (start, stop, first, end) == (store.n_tokens - 5, store.n_tokens, 0, reader.length + 1 - 5)
+  batch = reader.read(np.array([0]), np.array([store.n_tokens - 5]))
+  assert (batch['token_BT'][0] == np.concatenate([store.tokens[-5:], store.tokens])[:reader.length]).all()
 
 
 def test_a_late_step_costs_what_an_early_one_costs():
@@ -268,7 +288,8 @@ def test_span_corruption_can_be_put_together_again(length, step):
   batches = make('span', batch_size=3, length=length)
   raw = batches.readers[0].length
   causal = batches.readers[0].store.tokens
-  windows = {tuple(causal[i:i + raw].tolist()) for i in range(len(causal) - raw)}
+  around = np.concatenate([causal, causal[:raw]])                    # a later epoch goes on at the start
+  windows = {tuple(around[i:i + raw].tolist()) for i in range(len(causal))}
   batch = batches(step)
   sentinels = list(BYTE.sentinel_ids)
   for token, target, mask, prefix in zip(*(batch[k] for k in ('token_BT', 'target_BT', 'mask_BT', 'prefix_BT'))):

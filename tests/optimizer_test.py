@@ -172,9 +172,8 @@ def adafactor_direction(cfg, g, s, t):
 
 
 def muon_direction(cfg, g, s, t, dims):
-  b = cfg.momentum
-  s['m'] = b * s.get('m', 0) + (1 - b) * g
-  u = orthogonal(b * s['m'] / (1 - b ** (t + 1)) + (1 - b) * g / (1 - b**t), dims)
+  s['m'] = cfg.momentum * s.get('m', 0) + g
+  u = orthogonal(g + cfg.momentum * s['m'], dims)
   if not cfg.muon_b2:
     return u
   rows = INPUTS[dims.lstrip('LE')]

@@ -5,18 +5,15 @@ in [0, 1], kept apart so that the number of steps can change while training (a w
 
 Who is decayed, who gets Muon and where a moment lies on the mesh all follow from the letters of the parameters' names.
 """
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optax.contrib
 from jax.sharding import PartitionSpec as P
 
 from llm_jax import config, sharding
+from llm_jax.train.muon import matrix_axes, scale_by_muon
 
-NEWTON_SCHULZ_STEPS = 5          # Muon's default
 ADAFACTOR_DECAY = 0.8            # second moment: 1 - t ** -0.8
 ADAFACTOR_CLIP = 1.0             # RMS of an update, per array
 ADAFACTOR_MIN_DIM = 128          # arrays whose second largest dim is smaller keep a full second moment
@@ -69,9 +66,7 @@ def make(cfg: config.Optimizer, params) -> optax.GradientTransformation:
              arXiv 2106.04560), so that learning_rate means what it means for AdamW. Factored over an array's two
              largest dims where both are at least 128.
   lion       arXiv 2302.06675; wants about a tenth of AdamW's learning rate.
-  muon       kellerjordan.github.io/posts/muon: Nesterov momentum, orthogonalised per layer, times
-             sqrt(max(1, out / in)), with peak matrix_learning_rate, for the matrices of `muon_labels`; AdamW
-             for the rest. With muon_b2 the outputs of a matrix then move alike (NorMuon, arXiv 2510.05491).
+  muon       train/muon.py with peak matrix_learning_rate, for the matrices of `muon_labels`; AdamW for the rest.
   With tuned_width, matrices that sum over the model's width have a peak of learning_rate * tuned_width / width (muP,
   arXiv 2203.03466: what an update changes of their outputs then does not grow with the width); muon's have it built in.
   """
@@ -87,7 +82,7 @@ def make(cfg: config.Optimizer, params) -> optax.GradientTransformation:
           optax.scale_by_factored_rms(decay_rate=ADAFACTOR_DECAY, min_dim_size_to_factor=ADAFACTOR_MIN_DIM),
           optax.clip_by_block_rms(ADAFACTOR_CLIP)),
       'lion': optax.scale_by_lion(cfg.b1, cfg.b2),
-      'muon': optax.partition({'matrix': _scale_by_muon(cfg), 'rest': adam}, labels),
+      'muon': optax.partition({'matrix': scale_by_muon(cfg.momentum, cfg.muon_b2, cfg.eps), 'rest': adam}, labels),
   }[cfg.name]
   wide = cfg.learning_rate * (cfg.tuned_width or 1) / width_of(params)
   peaks = {name: optax.scale(-rate) for name, rate in dict(
@@ -110,13 +105,13 @@ def decayed(params):
 def muon_labels(params):
   """'matrix' for each parameter that Muon orthogonalises, 'rest' for each that AdamW takes."""
   return jax.tree_util.tree_map_with_path(
-      lambda path, _: 'matrix' if _matrix_axes(sharding.dims_of(path)) else 'rest', params)
+      lambda path, _: 'matrix' if matrix_axes(sharding.dims_of(path)) else 'rest', params)
 
 
 def sums_over_width(dims: str) -> bool:
   """Whether a matrix of these letters sums over D or over what grows with it, NH and F: all but the embeddings."""
   letters = dims.lstrip('LE')
-  return letters == 'DV' or dims.lstrip('L') == 'DE' or _matrix_axes(dims) is not None
+  return letters == 'DV' or dims.lstrip('L') == 'DE' or matrix_axes(dims) is not None
 
 
 def width_of(params) -> int:
@@ -125,65 +120,6 @@ def width_of(params) -> int:
     if 'D' in (dims := sharding.dims_of(path)):
       return x.shape[dims.index('D')]
   return 1
-
-
-def _matrix_axes(dims):
-  """(axes in, axes out) of a matrix between D and NH, KH or F, one per layer and expert; None for anything else."""
-  letters = dims.lstrip('LE')
-  if letters.strip('D') not in ('NH', 'KH', 'F') or letters.count('D') != 1:
-    return None
-  d = dims.index('D')
-  other = tuple(i for i in range(len(dims) - len(letters), len(dims)) if i != d)
-  return ((d,), other) if letters[0] == 'D' else (other, (d,))
-
-
-def _scale_by_muon(cfg):
-  def axes(updates):
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: optax.contrib.MuonDimensionNumbers(*_matrix_axes(sharding.dims_of(path))), updates)
-
-  def scale(path, update):
-    fan_in, fan_out = (np.prod([update.shape[i] for i in axes]) for axes in _matrix_axes(sharding.dims_of(path)))
-    return update * float(np.sqrt(max(1, fan_out / fan_in)))
-
-  return optax.chain(
-      optax.contrib.scale_by_muon(ns_steps=NEWTON_SCHULZ_STEPS, beta=cfg.momentum, eps=cfg.eps,
-                                  weight_dimension_numbers=axes),
-      *([_outputs_alike(cfg.muon_b2, cfg.eps)] if cfg.muon_b2 else []),
-      optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates)))
-
-
-class OutputsState(NamedTuple):
-  count: jax.Array
-  nu: optax.Updates        # like the parameters, but 1 along the axes that a matrix sums over
-
-
-def _outputs_alike(b2: float, eps: float) -> optax.GradientTransformation:
-  """Divides what an update does to each output by the root of its mean square, a moving average, and scales each matrix
-  back to the norm it had. Orthogonalised updates still differ much between outputs (NorMuon, arXiv 2510.05491)."""
-  def mean_square(path, update):
-    return jnp.square(update).mean(_matrix_axes(sharding.dims_of(path))[0], keepdims=True)
-
-  def norm(path, update):
-    axes_in, axes_out = _matrix_axes(sharding.dims_of(path))
-    return jnp.sqrt(jnp.square(update).sum(axes_in + axes_out, keepdims=True))
-
-  def init(params):
-    return OutputsState(jnp.zeros((), jnp.int32), jax.tree_util.tree_map_with_path(
-        lambda path, w: jnp.zeros_like(mean_square(path, w)), params))
-
-  def update(updates, state, params=None):
-    del params
-    count = state.count + 1
-    nu = jax.tree_util.tree_map_with_path(
-        lambda path, u, nu: b2 * nu + (1 - b2) * mean_square(path, u), updates, state.nu)
-
-    def scale(path, update, nu):
-      alike = update / (jnp.sqrt(nu / (1 - b2**count)) + eps)
-      return alike * norm(path, update) / (norm(path, alike) + eps)
-    return jax.tree_util.tree_map_with_path(scale, updates, nu), OutputsState(count, nu)
-
-  return optax.GradientTransformation(init, update)
 
 
 def opt_state_specs(tx: optax.GradientTransformation, params, param_specs):

@@ -1,0 +1,92 @@
+"""Muon and NorMuon: momentum, orthogonalised, for the matrices of the layers (train/optimizer.py says which)."""
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from llm_jax import sharding
+
+COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 5     # of a Newton-Schulz iteration: a x + b x^3 + c x^5
+TOGETHER = 2**22         # matrices of one shape are orthogonalised together up to so many elements in each array
+
+
+def matrix_axes(dims):
+  """(axes in, axes out) of a matrix between D and NH, KH or F, one per layer and expert; None for anything else."""
+  letters = dims.lstrip('LE')
+  if letters.strip('D') not in ('NH', 'KH', 'F') or letters.count('D') != 1:
+    return None
+  d = dims.index('D')
+  other = tuple(i for i in range(len(dims) - len(letters), len(dims)) if i != d)
+  return ((d,), other) if letters[0] == 'D' else (other, (d,))
+
+
+def scale_by_muon(momentum: float, b2: float, eps: float) -> optax.GradientTransformation:
+  """Nesterov momentum, orthogonalised per layer, times sqrt(max(1, out / in)) (kellerjordan.github.io/posts/muon); with
+  b2 the outputs of a matrix move alike (NorMuon, arXiv 2510.05491)."""
+  return optax.chain(
+      optax.trace(momentum, nesterov=True), optax.stateless(lambda updates, _: orthogonalise(updates, eps)),
+      *([outputs_alike(b2, eps)] if b2 else []))
+
+
+def orthogonalise(updates, eps: float):
+  """Each matrix U S V^T as about U V^T sqrt(max(1, out / in)). Small ones of one shape, and on a mesh of one placement,
+  go through the iteration together, for a product of 128 x 128 takes two cores as long as four of them."""
+  mesh = jax.sharding.get_abstract_mesh()
+  leaves, treedef = jax.tree_util.tree_flatten_with_path(updates)
+  groups = {}
+  for i, (path, x) in enumerate(leaves):
+    dims = sharding.dims_of(path)
+    axes_in, axes_out = matrix_axes(dims)
+    fan_in, fan_out = (int(np.prod([x.shape[axis] for axis in axes])) for axes in (axes_in, axes_out))
+    x_IO = x.reshape(*x.shape[:min(axes_in + axes_out)], fan_in, fan_out)
+    wide = x_IO if fan_in <= fan_out else x_IO.swapaxes(-1, -2)
+    placed = '' if mesh.empty or mesh.size == 1 else dims
+    key = (wide.shape, placed) if x.size <= TOGETHER else i
+    groups.setdefault(key, []).append((i, wide, fan_in > fan_out, max(1, fan_out / fan_in) ** 0.5))
+  out = [None] * len(leaves)
+  for group in groups.values():
+    for (i, _, tall, scale), x in zip(group, newton_schulz(jnp.stack([wide for _, wide, _, _ in group]), eps)):
+      out[i] = (x.swapaxes(-1, -2) if tall else x).reshape(leaves[i][1].shape) * scale
+  return jax.tree.unflatten(treedef, out)
+
+
+def newton_schulz(x, eps: float):
+  """x [..., m, n], m <= n, with singular values near 1."""
+  x = x / (jnp.sqrt(jnp.square(x).sum((-2, -1), keepdims=True)) + eps)
+  for a, b, c in COEFFICIENTS:
+    square = x @ x.swapaxes(-1, -2)
+    x = a * x + (b * square + c * (square @ square)) @ x
+  return x
+
+
+class OutputsState(NamedTuple):
+  count: jax.Array
+  nu: optax.Updates        # like the parameters, but 1 along the axes that a matrix sums over
+
+
+def outputs_alike(b2: float, eps: float) -> optax.GradientTransformation:
+  """Divides what an update does to each output by the root of its mean square, a moving average, and scales each matrix
+  back to the norm it had: orthogonalised updates still differ much between outputs."""
+  def mean_square(path, update):
+    return jnp.square(update).mean(matrix_axes(sharding.dims_of(path))[0], keepdims=True)
+
+  def init(params):
+    return OutputsState(jnp.zeros((), jnp.int32), jax.tree_util.tree_map_with_path(
+        lambda path, w: jnp.zeros_like(mean_square(path, w)), params))
+
+  def update(updates, state, params=None):
+    del params
+    count = state.count + 1
+    now = jax.tree_util.tree_map_with_path(mean_square, updates)
+    nu = jax.tree.map(lambda old, new: b2 * old + (1 - b2) * new, state.nu, now)
+
+    def scale(path, update, now, nu):
+      out = matrix_axes(sharding.dims_of(path))[1]
+      alike = 1 / (jnp.sqrt(nu / (1 - b2**count)) + eps)
+      before, after = now.sum(out, keepdims=True), (now * alike**2).sum(out, keepdims=True)
+      return update * (alike * jnp.sqrt(before / (after + eps)))
+    return jax.tree_util.tree_map_with_path(scale, updates, now, nu), OutputsState(count, nu)
+
+  return optax.GradientTransformation(init, update)
