@@ -161,6 +161,7 @@ class Optimizer:
   b2: float = 0.95
   eps: float = 1e-8
   momentum: float = 0.95
+  muon_steps: int = 5
   muon_b2: float = 0.0
   weight_decay: float = 0.1
   clip_norm: float = 1.0
@@ -242,6 +243,7 @@ CHOICES = {
     'train.accumulate_dtype': ('float32', 'bfloat16'),
     'train.objective': ('causal', 'prefix', 'masked', 'span'), 'train.on_nonfinite': ('stop', 'skip'),
     'optimizer.name': ('adamw', 'adafactor', 'lion', 'muon'),
+    'optimizer.muon_steps': (1, 2, 3, 4, 5, 6),
     'optimizer.schedule': ('constant', 'linear', 'cosine', 'inverse_sqrt', 'wsd'),
     'log.progress': ('auto', 'rich', 'lines'),
 }

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from llm_jax import config, sharding
-from llm_jax.train import optimizer
+from llm_jax.train import muon, optimizer
 
 BASE = config.Optimizer()
 NAMES = ('adamw', 'adafactor', 'lion', 'muon')
@@ -128,21 +128,22 @@ def test_who_is_decayed():
 
 # References in float64, written from the papers.
 
-def newton_schulz(x):
-  x = x / np.linalg.norm(x)
-  for _ in range(5):
-    a = x @ x.T
-    x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-  return x
+def newton_schulz(x, steps):
+  """By what the polynomials make of the singular values."""
+  u, s, v = np.linalg.svd(x, full_matrices=False)
+  s = s / np.linalg.norm(s)
+  for a, b, c in muon.COEFFICIENTS[:steps]:
+    s = a * s + b * s**3 + c * s**5
+  return (u * s) @ v
 
 
-def orthogonal(m, dims):
+def orthogonal(m, dims, steps):
   """Each layer's and expert's matrix by itself, as [in, out], scaled by sqrt(max(1, out / in))."""
   batch = m.shape[:len(dims) - len(dims.lstrip('LE'))]
   inner = m.shape[len(batch):]
   rows = inner[0] if dims.lstrip('LE')[0] == 'D' else int(np.prod(inner[:-1]))
   flat = m.reshape(-1, rows, int(np.prod(inner)) // rows)
-  out = [newton_schulz(x) * max(1, x.shape[1] / x.shape[0]) ** 0.5 for x in flat]
+  out = [newton_schulz(x, steps) * max(1, x.shape[1] / x.shape[0]) ** 0.5 for x in flat]
   return np.stack(out).reshape(m.shape)
 
 
@@ -173,7 +174,7 @@ def adafactor_direction(cfg, g, s, t):
 
 def muon_direction(cfg, g, s, t, dims):
   s['m'] = cfg.momentum * s.get('m', 0) + g
-  u = orthogonal(g + cfg.momentum * s['m'], dims)
+  u = orthogonal(g + cfg.momentum * s['m'], dims, cfg.muon_steps)
   if not cfg.muon_b2:
     return u
   rows = INPUTS[dims.lstrip('LE')]
@@ -228,6 +229,30 @@ def test_matches_float64_reference(name, clip_norm, muon_b2):
     # float32 Newton-Schulz magnifies rounding in the smallest singular values
     error = np.abs(w - want[path]).max() / moved
     assert error < (2e-3 if name == 'muon' else 1e-4), (path, error)
+
+
+@pytest.mark.parametrize('steps, most', [(3, 0.86), (4, 0.55), (5, 0.12), (6, 0.002)])
+def test_singular_values_come_near_one(steps, most):
+  s = np.geomspace(1.0, 0.002, 24)
+  u, v = (np.linalg.qr(np.random.default_rng(seed).normal(size=(n, 24)))[0] for seed, n in enumerate((24, 40)))
+  x = np.stack([(u * s) @ v.T, (u * s[::-1]) @ v.T])
+  got = np.linalg.svd(np.float64(muon.newton_schulz(jnp.asarray(x, jnp.float32), steps, 1e-8)), compute_uv=False)
+  assert np.abs(got - 1).max() < most + 1e-4
+  assert most < 0.1 or np.abs(got - 1).max() > most / 4              # no closer than was said
+
+
+@pytest.mark.parametrize('size', [64, 2048])
+def test_matrices_of_one_shape_go_together_and_come_back_each_to_its_own(size, monkeypatch):
+  """Also where none is small enough."""
+  monkeypatch.setattr(muon, 'TOGETHER', 16 * size)
+  sizes = dict(w_up_DF=(2, 16, 64), w_gate_DF=(2, 16, 64), w_down_FD=(2, 64, 16), w_q_DNH=(2, 16, 4, 4))
+  updates = {'blocks0': {name: jnp.asarray(np.random.default_rng(i).normal(size=shape), jnp.float32)
+                         for i, (name, shape) in enumerate(sizes.items())}}
+  products = str(jax.make_jaxpr(lambda x: muon.orthogonalise(x, 5, 1e-8))(updates)).count('dot_general')
+  assert products == (15 * 4 if size == 64 else 15 * 2)
+  for path, got in jax.tree_util.tree_leaves_with_path(muon.orthogonalise(updates, 5, 1e-8)):
+    want = orthogonal(np.float64(updates['blocks0'][path[-1].key]), sharding.dims_of(path), 5)
+    np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 @pytest.mark.parametrize('name, muon_b2', [*((name, 0.0) for name in NAMES), ('muon', 0.9)])

@@ -8,7 +8,10 @@ import optax
 
 from llm_jax import sharding
 
-COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 5     # of a Newton-Schulz iteration: a x + b x^3 + c x^5
+# Of Newton-Schulz iterations a x + b x^3 + c x^5: each brings what the ones before made of [0.001, 1] nearest to 1
+# (Polar Express, arXiv 2505.16932).
+COEFFICIENTS = ((8.4703, -25.1082, 18.6294), (4.1828, -3.1087, 0.5806), (3.9619, -2.9541, 0.5630),
+                (3.2866, -2.4647, 0.5074), (2.2737, -1.6447, 0.4162), (1.8887, -1.2652, 0.3765))
 TOGETHER = 2**22         # matrices of one shape are orthogonalised together up to so many elements in each array
 
 
@@ -22,15 +25,15 @@ def matrix_axes(dims):
   return ((d,), other) if letters[0] == 'D' else (other, (d,))
 
 
-def scale_by_muon(momentum: float, b2: float, eps: float) -> optax.GradientTransformation:
+def scale_by_muon(momentum: float, steps: int, b2: float, eps: float) -> optax.GradientTransformation:
   """Nesterov momentum, orthogonalised per layer, times sqrt(max(1, out / in)) (kellerjordan.github.io/posts/muon); with
   b2 the outputs of a matrix move alike (NorMuon, arXiv 2510.05491)."""
   return optax.chain(
-      optax.trace(momentum, nesterov=True), optax.stateless(lambda updates, _: orthogonalise(updates, eps)),
+      optax.trace(momentum, nesterov=True), optax.stateless(lambda updates, _: orthogonalise(updates, steps, eps)),
       *([outputs_alike(b2, eps)] if b2 else []))
 
 
-def orthogonalise(updates, eps: float):
+def orthogonalise(updates, steps: int, eps: float):
   """Each matrix U S V^T as about U V^T sqrt(max(1, out / in)). Small ones of one shape, and on a mesh of one placement,
   go through the iteration together, for a product of 128 x 128 takes two cores as long as four of them."""
   mesh = jax.sharding.get_abstract_mesh()
@@ -47,15 +50,16 @@ def orthogonalise(updates, eps: float):
     groups.setdefault(key, []).append((i, wide, fan_in > fan_out, max(1, fan_out / fan_in) ** 0.5))
   out = [None] * len(leaves)
   for group in groups.values():
-    for (i, _, tall, scale), x in zip(group, newton_schulz(jnp.stack([wide for _, wide, _, _ in group]), eps)):
+    for (i, _, tall, scale), x in zip(group, newton_schulz(jnp.stack([w for _, w, _, _ in group]), steps, eps)):
       out[i] = (x.swapaxes(-1, -2) if tall else x).reshape(leaves[i][1].shape) * scale
   return jax.tree.unflatten(treedef, out)
 
 
-def newton_schulz(x, eps: float):
-  """x [..., m, n], m <= n, with singular values near 1."""
+def newton_schulz(x, steps: int, eps: float):
+  """x [..., m, n], m <= n, with its singular values near 1: those from 0.001 of its Frobenius norm on differ from it by
+  at most 0.86 after 3 steps, 0.55 after 4, 0.12 after 5, 0.002 after 6."""
   x = x / (jnp.sqrt(jnp.square(x).sum((-2, -1), keepdims=True)) + eps)
-  for a, b, c in COEFFICIENTS:
+  for a, b, c in COEFFICIENTS[:steps]:
     square = x @ x.swapaxes(-1, -2)
     x = a * x + (b * square + c * (square @ square)) @ x
   return x

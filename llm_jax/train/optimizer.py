@@ -71,6 +71,7 @@ def make(cfg: config.Optimizer, params) -> optax.GradientTransformation:
   arXiv 2203.03466: what an update changes of their outputs then does not grow with the width); muon's have it built in.
   """
   adam = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps)
+  muon = scale_by_muon(cfg.momentum, cfg.muon_steps, cfg.muon_b2, cfg.eps)
   labels = muon_labels(params)
   rates = labels if cfg.name == 'muon' else jax.tree.map(lambda _: 'rest', labels)
   if cfg.tuned_width:
@@ -82,7 +83,7 @@ def make(cfg: config.Optimizer, params) -> optax.GradientTransformation:
           optax.scale_by_factored_rms(decay_rate=ADAFACTOR_DECAY, min_dim_size_to_factor=ADAFACTOR_MIN_DIM),
           optax.clip_by_block_rms(ADAFACTOR_CLIP)),
       'lion': optax.scale_by_lion(cfg.b1, cfg.b2),
-      'muon': optax.partition({'matrix': scale_by_muon(cfg.momentum, cfg.muon_b2, cfg.eps), 'rest': adam}, labels),
+      'muon': optax.partition({'matrix': muon, 'rest': adam}, labels),
   }[cfg.name]
   wide = cfg.learning_rate * (cfg.tuned_width or 1) / width_of(params)
   peaks = {name: optax.scale(-rate) for name, rate in dict(
