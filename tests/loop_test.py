@@ -125,7 +125,8 @@ def test_another_model_is_refused_readably_and_nothing_is_touched(whole, capsys)
   folder, _, _ = whole
   before = files_under(folder / 'run')
   with pytest.raises(SystemExit) as e:
-    main.main(runs.flags(folder, **HARD, model__width=64, tokenizer__kind='char', optimizer__muon_b2=0.9))
+    main.main(runs.flags(folder, **HARD, model__width=64, tokenizer__kind='char', optimizer__muon_b2=0.9,
+                         optimizer__name='muon'))
   assert e.value.code == 2
   error = capsys.readouterr().err
   assert error.count('\n') == 1

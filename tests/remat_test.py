@@ -92,3 +92,12 @@ def test_a_plan_takes_what_the_run_would():
   for limit, chosen in ((none, 'none'), (dots, 'dots')):
     small = dataclasses.replace(machine, chip=dataclasses.replace(machine.chip, memory=limit / remat.SHARE + 1))
     assert program.compile_step(cfg, small).model.remat == chosen
+
+
+@pytest.mark.parametrize('text, limit', [('2147483648\n', 2**31), ('max\n', None), (f'{2**63 - 4096}\n', None)])
+def test_a_containers_limit_counts_where_it_is_less_than_the_machine(text, limit, tmp_path, monkeypatch):
+  monkeypatch.setattr(remat, 'CONTAINER', (tmp_path / 'none', ))
+  whole = remat.memory()
+  (tmp_path / 'memory.max').write_text(text)
+  monkeypatch.setattr(remat, 'CONTAINER', (tmp_path / 'none', tmp_path / 'memory.max'))
+  assert remat.memory() == (limit / jax.local_device_count() if limit else whole) and whole > 0

@@ -2,6 +2,7 @@
 compiled, from the fastest, until the compiler's account of the step's memory fits what a device has."""
 import math
 import os
+import pathlib
 from collections.abc import Callable
 
 import jax
@@ -12,6 +13,7 @@ from llm_jax.config import ConfigError
 ORDER = ('none', 'dots', 'full')   # of time and memory; offload is asked for by name
 SHARE = 0.95                       # of a device's memory; the rest is for batches that wait, and fragments
 GIB = 2**30
+CONTAINER = tuple(pathlib.Path('/sys/fs/cgroup') / name for name in ('memory.max', 'memory/memory.limit_in_bytes'))
 ADVICE = 'a smaller train.batch_size, or more train.accumulate'
 
 
@@ -65,10 +67,13 @@ def lightest(compiled: Callable, remat: str, limit: float | None = None, size_of
 
 def memory() -> float:
   """Bytes that a device may hold: what XLA has set aside of an accelerator's memory (no limit where it does not tell);
-  of a machine's memory, the share of each virtual CPU device. Of several processes the least."""
+  of a machine's memory, or what its container may take of it, the share of each virtual CPU device. Of several
+  processes the least."""
   limit = (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit', math.inf)
   if jax.default_backend() == 'cpu':
-    limit = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / jax.local_device_count()
+    limits = [path.read_text().strip() for path in CONTAINER if path.exists()]
+    machine = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    limit = min([machine, *(int(text) for text in limits if text.isdecimal())]) / jax.local_device_count()
   return _over_processes(limit, np.min)
 
 

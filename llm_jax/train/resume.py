@@ -11,7 +11,7 @@ from llm_jax.config import ConfigError
 from llm_jax.data import store
 from llm_jax.data import tokenizer as tokenizer_lib
 
-FIXED = ('model.', 'tokenizer.', 'data.', 'optimizer.name', 'optimizer.muon_b2', 'train.batch_size', 'train.seed',
+FIXED = ('model.', 'tokenizer.', 'data.', 'optimizer.name', 'train.batch_size', 'train.seed',
          'train.objective', 'train.ema', 'train.spike_window', 'init_from')
 FREE = ('model.kernel', 'model.remat', 'model.unroll', 'model.dropout', 'tokenizer.path', 'tokenizer.train_mb',
         'data.source', 'data.path', 'data.field', 'data.valid_path', 'data.cache_dir', 'data.workers',
@@ -30,7 +30,8 @@ def check_config(found: checkpoint_lib.Step, cfg: config_lib.Config) -> str:
       continue
     if key == 'init_from' and not new:             # it has done its work
       continue
-    if key.startswith(FIXED) and key not in FREE:
+    moments = key == 'optimizer.muon_b2' and cfg.optimizer.name == 'muon' and bool(old) != bool(new)
+    if moments or key.startswith(FIXED) and key not in FREE:
       fixed.append(text)
     elif not key.startswith(SILENT):
       noted.append(text)
