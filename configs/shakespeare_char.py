@@ -29,8 +29,8 @@ def get_config(recipe: str = 'cpu'):
   if whose:
     config.model.update(vocab_size=0, max_length=0, layers=4, width=128, heads=4, kv_heads=2, windows=(8, 0),
                         mlp='swiglu', mlp_dim=344)
-    config.optimizer.update(matrix_learning_rate=0.03, momentum=0.9, muon_steps=3 if size == 'cpu' else 5, muon_b2=0.95,
-                            decay_fraction=1.0, weight_decay=0.0)
+    config.optimizer.update(matrix_learning_rate=0.025, momentum=0.9, muon_steps=3, muon_b2=0.95, decay_fraction=1.0,
+                            weight_decay=0.0)
   else:
     config.model = base.preset(
         'gpt2_124m', vocab_size=0, max_length=0, layers=4, width=128, heads=4, norm_bias=False, attention_bias=False,
@@ -46,4 +46,6 @@ def get_config(recipe: str = 'cpu'):
     config.model.layers, config.model.width, config.model.heads, config.model.dropout = 6, 384, 6, 0.2
     config.model.kv_heads, config.model.windows, config.model.mlp_dim = 0, (0,), 1024 if whose else 0
     config.data.length, config.train.batch_size, config.train.steps = 256, 64, 5000
+    if whose:
+      config.optimizer.update(matrix_learning_rate=0.03, muon_steps=5)
   return config

@@ -26,12 +26,12 @@ def learn(flags) -> None:
   for seed in range(flags.rounds):
     for name, run in runs.items():
       found[name].append(run(seed))
-      print(f'seed {seed}  {name:>16}  loss {found[name][-1][0]:.4f}  {found[name][-1][1]:.0f} s', flush=True)
+      print(f'seed {seed}  {name:>16}  loss {found[name][-1][0]:.4f}  {found[name][-1][1]:.1f} s', flush=True)
   print(f'learn {os.path.basename(flags.text)}, {flags.rounds} seeds; {hardware()}, jax {jax.__version__}')
   for name, pairs in found.items():
     losses, seconds = zip(*pairs)
     print(f'{name:>24}  loss {statistics.mean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f})  '
-          f'{statistics.median(seconds):.0f} s')
+          f'{statistics.median(seconds):.1f} s')
 
 
 def config_of(recipe: str, text: str, seed: int, steps: int) -> config_lib.Config:
