@@ -144,7 +144,7 @@ def get_config():
       b2=0.95,                          # adamw, lion, muon's rest
       eps=1e-8,                         # adamw, muon
       momentum=0.95,                    # muon
-      muon_steps=5,                     # muon: Newton-Schulz iterations, 1 to 6; fewer are faster, less orthogonal
+      muon_steps=5,                     # muon: Newton-Schulz iterations, 3 to 6; fewer are faster, less orthogonal
       muon_b2=0.0,                      # muon: of each output's mean square (NorMuon, arXiv 2510.05491); 0: plain Muon
       weight_decay=0.1,                 # on matrices and embeddings; not on scales and biases
       clip_norm=1.0,                    # global norm; 0: off

@@ -3,7 +3,7 @@ optimizer and schedule; the initial weights are drawn as everywhere here, not al
 
   python -m llm_jax.main --config=configs/shakespeare_char.py          size cpu: 4 x 128, 2,000 steps of 12 x 64
   python -m llm_jax.main --config=configs/shakespeare_char.py:gpu      size gpu: 6 x 384, 5,000 steps of 64 x 256
-  ... :cpu_ours, :gpu_ours       the same sizes and tokens, base.py's model with SwiGLU, and NorMuon; on a CPU two heads
+  ... :cpu_ours, :gpu_ours       the same sizes and tokens, base.py's model with SwiGLU, and NorMuon; on a CPU all heads
                                  share a key, and every other layer sees 8 characters
 
 The text comes from tfds (tiny_shakespeare, downloaded once), or from a file, split 90/10 as nanoGPT does:
@@ -27,7 +27,7 @@ def get_config(recipe: str = 'cpu'):
   config.data.valid_fraction = 0.1
   config.tokenizer.kind = 'char'
   if whose:
-    config.model.update(vocab_size=0, max_length=0, layers=4, width=128, heads=4, kv_heads=2, windows=(8, 0),
+    config.model.update(vocab_size=0, max_length=0, layers=4, width=128, heads=4, kv_heads=1, windows=(8, 0),
                         mlp='swiglu', mlp_dim=344)
     config.optimizer.update(matrix_learning_rate=0.025, momentum=0.9, muon_steps=3, muon_b2=0.95, decay_fraction=1.0,
                             weight_decay=0.0)

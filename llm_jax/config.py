@@ -243,14 +243,14 @@ CHOICES = {
     'train.accumulate_dtype': ('float32', 'bfloat16'),
     'train.objective': ('causal', 'prefix', 'masked', 'span'), 'train.on_nonfinite': ('stop', 'skip'),
     'optimizer.name': ('adamw', 'adafactor', 'lion', 'muon'),
-    'optimizer.muon_steps': (1, 2, 3, 4, 5, 6),
+    'optimizer.muon_steps': (3, 4, 5, 6),
     'optimizer.schedule': ('constant', 'linear', 'cosine', 'inverse_sqrt', 'wsd'),
     'log.progress': ('auto', 'rich', 'lines'),
 }
 POSITIVE = ('model.layers', 'model.width', 'model.heads', 'data.length', 'data.temperature', 'train.batch_size',
             'checkpoint.keep', 'log.every', 'tokenizer.train_mb', 'tokenizer.vocab_size', 'model.init_scale',
             'model.rope_base', 'model.rope_factor', 'model.rope_fraction', 'eval.batches', 'eval.top_p',
-            'train.spike_sigmas', 'model.router_scale')
+            'train.spike_sigmas', 'model.router_scale', 'optimizer.eps')
 AT_MOST_1 = ('model.rope_fraction', 'optimizer.decay_fraction', 'optimizer.final_fraction', 'eval.top_p')
 BELOW_1 = ('model.dropout', 'train.label_smoothing', 'train.ema', 'optimizer.b1', 'optimizer.b2', 'optimizer.momentum',
            'optimizer.muon_b2')
@@ -258,7 +258,7 @@ BELOW_1 = ('model.dropout', 'train.label_smoothing', 'train.ema', 'optimizer.b1'
 
 def nearest(word: str, words) -> str:
   """'; nearest: x' for an error message, or every choice where nothing is near."""
-  near = difflib.get_close_matches(str(word), list(words), n=1, cutoff=0.5)
+  near = difflib.get_close_matches(str(word), list(map(str, words)), n=1, cutoff=0.5)
   return f'; nearest: {near[0]!r}' if near else f'; one of: {", ".join(map(str, words))}'
 
 

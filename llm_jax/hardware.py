@@ -2,6 +2,7 @@
 runs on machines that are not here (plan.py). And what this one keeps: compiled programs, and memory."""
 import ctypes
 import dataclasses
+import glob
 import hashlib
 import pathlib
 import platform
@@ -10,6 +11,7 @@ import re
 from llm_jax.config import ConfigError, nearest
 
 GIB = 2**30
+ACCELERATORS = ('/dev/nvidia[0-9]*', '/dev/kfd', '/dev/accel*', '/dev/vfio/[0-9]*')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,12 +118,26 @@ def keep_programs(folder) -> None:
 
 
 def keep_memory() -> None:
-  """Memory that a step frees stays with the process for the next one; to be called before JAX starts its threads.
-  XLA on a CPU allocates a step's temporaries anew for each step, and glibc by default gives blocks of more than 32 MiB
-  back to the system, which then clears every page again: up to a third of a small model's step (docs/log.md). Without
-  glibc nothing changes."""
-  mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if platform.libc_ver()[0] == 'glibc' else None
-  if mallopt:
-    mallopt(-8, 1)              # M_ARENA_MAX: one heap for all threads, for others are cut into blocks of 64 MiB
-    mallopt(-4, 0)              # M_MMAP_MAX: no block of its own, all in the heap
-    mallopt(-1, -1)             # M_TRIM_THRESHOLD: the heap's end stays too
+  """On a CPU, memory that a step frees stays with the process for the next one; to be called before JAX starts its
+  threads. XLA allocates a step's temporaries anew for each step, and glibc by default gives blocks of more than 32 MiB
+  back to the system, which then clears every page again: up to a third of a small model's step (docs/log.md). Nothing
+  changes without glibc, and where an accelerator computes."""
+  if platform.libc_ver()[0] == 'glibc' and not _accelerated():
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-8, 1)         # M_ARENA_MAX: one heap for all threads, for others are cut into blocks of 64 MiB
+    libc.mallopt(-4, 0)         # M_MMAP_MAX: no block of its own, all in the heap
+    libc.mallopt(-1, -1)        # M_TRIM_THRESHOLD: the heap's end stays too
+
+
+def give_back_memory() -> None:
+  """What is free by now goes back to the system once, such as what setting up a run took."""
+  if platform.libc_ver()[0] == 'glibc':
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def _accelerated() -> bool:
+  """Whether JAX will find a GPU or a TPU, by what is named to it or by the machine's devices: to ask JAX starts it."""
+  import jax
+  if jax.config.jax_platforms:
+    return not jax.config.jax_platforms.startswith('cpu')
+  return any(found for pattern in ACCELERATORS for found in glob.glob(pattern))

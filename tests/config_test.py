@@ -54,6 +54,7 @@ def test_the_defaults_build():
     (dict(model=dict(windows=(4, 'x'))), 'config.model.windows[1]: expected int', "got 'x'"),
     (dict(data=dict(source='mixture', mixture=({'pth': 'x'},))), 'config.data.mixture[0].pth: no such key', "'path'"),
     (dict(model=dict(mlp='swigul')), "config.model.mlp: 'swigul' is not known", "nearest: 'swiglu'"),
+    (dict(optimizer=dict(muon_steps=7)), 'config.optimizer.muon_steps: 7 is not known', 'one of: 3, 4, 5, 6'),
     (dict(optimizer=dict(name='adam')), "config.optimizer.name: 'adam' is not known", "nearest: 'adamw'"),
 ])
 def test_a_wrong_key_type_or_choice_names_itself_and_the_nearest(groups, key, hint):

@@ -94,10 +94,19 @@ def test_a_plan_takes_what_the_run_would():
     assert program.compile_step(cfg, small).model.remat == chosen
 
 
-@pytest.mark.parametrize('text, limit', [('2147483648\n', 2**31), ('max\n', None), (f'{2**63 - 4096}\n', None)])
-def test_a_containers_limit_counts_where_it_is_less_than_the_machine(text, limit, tmp_path, monkeypatch):
-  monkeypatch.setattr(remat, 'CONTAINER', (tmp_path / 'none', ))
+@pytest.mark.parametrize('own, limits, least', [
+    ('0::/\n', {'memory.max': 2**31}, 2**31),
+    ('0::/job/step\n', {'job/memory.max': 2**30, 'job/step/memory.max': 'max'}, 2**30),
+    ('0::/elsewhere\n', {'memory.max': 2**31}, 2**31), ('0::/\n', {'memory.max': 'max'}, None), ('0::/\n', {}, None),
+    ('9:cpu:/job\n4:blkio,memory:/job\n', {'memory/job/memory.limit_in_bytes': 2**30, 'cpu/job/memory.max': 7}, 2**30),
+    ('4:memory:/\n', {'memory/memory.limit_in_bytes': 2**63 - 4096}, None)])
+def test_what_a_container_or_job_may_take_counts(own, limits, least, tmp_path, monkeypatch):
+  monkeypatch.setattr(remat, 'OWN_GROUPS', tmp_path / 'none')
   whole = remat.memory()
-  (tmp_path / 'memory.max').write_text(text)
-  monkeypatch.setattr(remat, 'CONTAINER', (tmp_path / 'none', tmp_path / 'memory.max'))
-  assert remat.memory() == (limit / jax.local_device_count() if limit else whole) and whole > 0
+  for name, limit in limits.items():
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(f'{limit}\n')
+  (tmp_path / 'own').write_text(own)
+  monkeypatch.setattr(remat, 'OWN_GROUPS', tmp_path / 'own')
+  monkeypatch.setattr(remat, 'GROUPS', tmp_path)
+  assert remat.memory() == (least / jax.local_device_count() if least else whole) and whole > 0

@@ -52,6 +52,7 @@ def train(cfg: config_lib.Config, workdir: str, started: float | None = None, ow
   with RunDirectory(workdir, store.cache_folder(cfg.data)) as directory, jax.set_mesh(mesh):
     with Run(cfg, directory, mesh, started, own_process) as run:
       run.setup()
+      hardware.give_back_memory()
       run.loop()
       return run.finish()
 

@@ -13,7 +13,7 @@ from llm_jax.config import ConfigError
 ORDER = ('none', 'dots', 'full')   # of time and memory; offload is asked for by name
 SHARE = 0.95                       # of a device's memory; the rest is for batches that wait, and fragments
 GIB = 2**30
-CONTAINER = tuple(pathlib.Path('/sys/fs/cgroup') / name for name in ('memory.max', 'memory/memory.limit_in_bytes'))
+OWN_GROUPS, GROUPS = pathlib.Path('/proc/self/cgroup'), pathlib.Path('/sys/fs/cgroup')
 ADVICE = 'a smaller train.batch_size, or more train.accumulate'
 
 
@@ -67,14 +67,28 @@ def lightest(compiled: Callable, remat: str, limit: float | None = None, size_of
 
 def memory() -> float:
   """Bytes that a device may hold: what XLA has set aside of an accelerator's memory (no limit where it does not tell);
-  of a machine's memory, or what its container may take of it, the share of each virtual CPU device. Of several
-  processes the least."""
+  of a machine's memory, or what this process's container or job may take of it, the share of each virtual CPU device.
+  Of several processes the least."""
   limit = (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit', math.inf)
   if jax.default_backend() == 'cpu':
-    limits = [path.read_text().strip() for path in CONTAINER if path.exists()]
     machine = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-    limit = min([machine, *(int(text) for text in limits if text.isdecimal())]) / jax.local_device_count()
+    limit = min([machine, *_group_limits()]) / jax.local_device_count()
   return _over_processes(limit, np.min)
+
+
+def _group_limits() -> list[int]:
+  """Bytes that Linux' control groups allow this process, of its own group and those around it (versions 1 and 2)."""
+  found = []
+  for line in OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.exists() else ():
+    _, controllers, path = line.split(':', 2)
+    if controllers and 'memory' not in controllers.split(','):
+      continue
+    root, name = (GROUPS / 'memory', 'memory.limit_in_bytes') if controllers else (GROUPS, 'memory.max')
+    own = root / path.lstrip('/')
+    for folder in (own, *own.parents[:len(own.parts) - len(root.parts)]):
+      text = (folder / name).read_text().strip() if (folder / name).exists() else ''
+      found += [int(text)] if text.isdecimal() else []
+  return found
 
 
 def _over_processes(value: float, pick) -> float:

@@ -17,6 +17,7 @@ FREE = ('model.kernel', 'model.remat', 'model.unroll', 'model.dropout', 'tokeniz
         'data.source', 'data.path', 'data.field', 'data.valid_path', 'data.cache_dir', 'data.workers',
         'data.max_bad_records')     # may change: the text and the tokenizer themselves are compared
 SILENT = ('log.', 'checkpoint.', 'eval.', 'mesh.', 'data.', 'tokenizer.')
+MUON = ('optimizer.muon_', 'optimizer.momentum', 'optimizer.matrix_learning_rate')    # of no other optimizer
 GO_ON = 'set it as it was, or name another --workdir (--config.init_from={} starts from these weights there)'
 
 
@@ -30,7 +31,9 @@ def check_config(found: checkpoint_lib.Step, cfg: config_lib.Config) -> str:
       continue
     if key == 'init_from' and not new:             # it has done its work
       continue
-    moments = key == 'optimizer.muon_b2' and cfg.optimizer.name == 'muon' and bool(old) != bool(new)
+    if key.startswith(MUON) and cfg.optimizer.name != 'muon':
+      continue
+    moments = key == 'optimizer.muon_b2' and bool(old) != bool(new)
     if moments or key.startswith(FIXED) and key not in FREE:
       fixed.append(text)
     elif not key.startswith(SILENT):
