@@ -79,6 +79,7 @@ def get_config():
       dropout=0.0,                      # of embeddings and of what each sublayer adds
       encoder_layers=0,                 # > 0: encoder-decoder with cross-attention
       dtype='auto',                     # compute: auto (bfloat16 on TPU and GPU, float32 on CPU) | float32 | bfloat16
+      fp8=False,                        # train the layers' products in float8 (NVIDIA Ada, Hopper and newer)
       kernel='auto',                    # attention: auto | xla | cudnn | triton | splash
       remat='auto',                     # auto (the first of the next three whose step fits the device) | none | dots
                                         # (keep matrix products) | full (keep only layer inputs) | offload (full, and

@@ -86,6 +86,7 @@ class Model:
   dropout: float = 0.0
   encoder_layers: int = 0
   dtype: str = 'auto'
+  fp8: bool = False
   kernel: str = 'auto'
   remat: str = 'auto'
   unroll: bool = True

@@ -229,7 +229,7 @@ def test_projections_are_einsums(spec, w_shapes, rows):
   total = lambda outs: sum((jnp.sin(y) * (i + 1)).sum() for i, y in enumerate(outs))
   grads = lambda f: jax.grad(lambda x, ws: total(f(x, ws)), argnums=(0, 1))(x, ws)
   einsums = lambda x, ws: [jnp.einsum(spec, x, w) for w in ws]
-  got = layers.project(spec, x, *ws), grads(lambda x, ws: layers.project(spec, x, *ws))
+  got = layers.project(spec, False, x, *ws), grads(lambda x, ws: layers.project(spec, False, x, *ws))
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves((einsums(x, ws), grads(einsums))), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 

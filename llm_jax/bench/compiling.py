@@ -44,7 +44,8 @@ def compile_(flags) -> None:
 
 def process(what: str, flags, folder: pathlib.Path, start: str) -> dict[str, float]:
   """What `child` measured in a process of its own, which keeps its caches in a folder."""
-  sizes = {name: getattr(flags, name) for name in ('layers', 'width', 'length', 'batch', 'vocab', 'remat', 'dtype')}
+  names = ('layers', 'width', 'length', 'batch', 'vocab', 'remat', 'dtype', 'fp8')
+  sizes = {name: getattr(flags, name) for name in names}
   program = f'from llm_jax.bench import compiling; compiling.child({what!r}, {sizes}, {str(folder)!r})'
   out, memory = run_alone([sys.executable, '-c', program], folder)
   return json.loads(out.splitlines()[-1]) | {'peak memory, MB': memory}

@@ -50,7 +50,7 @@ def measure(axis: str, values, flags) -> tuple[list[float], list[float]]:
   """(milliseconds of a step, MB of its arguments and temporaries by XLA's account) at each value of an axis."""
   runs = []
   for value in values:
-    sizes = argparse.Namespace(**(BASE | {axis: value}), dtype=flags.dtype, vocab=flags.vocab,
+    sizes = argparse.Namespace(**(BASE | {axis: value}), dtype=flags.dtype, vocab=flags.vocab, fp8=False,
                                remat='none' if flags.remat == 'auto' else flags.remat)    # one for all values
     token_BT = np.random.default_rng(0).integers(0, flags.vocab, (sizes.batch, sizes.length + 1), dtype=np.int32)
     runs.append(training.Ours(sizes, token_BT))

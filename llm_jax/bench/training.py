@@ -12,7 +12,8 @@ def model_of(flags) -> config_lib.Model:
   """nanoGPT's model: pre-norm LayerNorm without bias, learned positions, GELU, tied embeddings."""
   return config_lib.derive(config_lib.Model(
       vocab_size=flags.vocab, layers=flags.layers, width=flags.width, heads=flags.width // 64, max_length=flags.length,
-      norm='layer', norm_eps=1e-5, positions='learned', mlp='gelu_exact', dtype=flags.dtype, remat=flags.remat))
+      norm='layer', norm_eps=1e-5, positions='learned', mlp='gelu_exact', dtype=flags.dtype, remat=flags.remat,
+      fp8=flags.fp8))
 
 
 def optimizer_of() -> config_lib.Optimizer:

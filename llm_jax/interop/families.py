@@ -134,8 +134,8 @@ def computed(model: Model) -> Model:
   """The model with what does not change a forward pass set aside."""
   plain = Model()
   same = {name: getattr(plain, name) for name in (
-      'dtype', 'kernel', 'remat', 'unroll', 'init_scale', 'embedding_init', 'zero_init', 'dropout', 'expert_capacity',
-      'expert_exchange', 'expert_buffer')}
+      'dtype', 'fp8', 'kernel', 'remat', 'unroll', 'init_scale', 'embedding_init', 'zero_init', 'dropout',
+      'expert_capacity', 'expert_exchange', 'expert_buffer')}
   if not model.experts:
     same |= {name: getattr(plain, name) for name in (
         'experts_per_token', 'expert_dim', 'shared_experts', 'router', 'router_normalize', 'router_scale')}

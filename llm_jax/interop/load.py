@@ -170,9 +170,9 @@ def config_of(model: config_lib.Model, dtype: str | None) -> config_lib.Config:
 
 
 def _computing_in(config: config_lib.Config, dtype: str | None) -> config_lib.Config:
-  if dtype is None:
-    return config
-  return config_lib.check(dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype)))
+  """fp8 is for training: its scales would make a row depend on those beside it."""
+  model = dataclasses.replace(config.model, dtype=dtype or config.model.dtype, fp8=False)
+  return config_lib.check(dataclasses.replace(config, model=model))
 
 
 OUTPUTS = {'lm_head.weight', 'embed_out.weight', 'output.weight'}

@@ -257,10 +257,10 @@ class Attention(nnx.Module):
     """q_BTNH, k_BSKH and v_BSKH, the last two of memory_BSD where it is given; rope is a layers.rope_table, or None."""
     w_q, w_k, w_v = self.w_q_DNH[...], self.w_k_DKH[...], self.w_v_DKH[...]
     if memory_BSD is None:
-      q_BTNH, k_BSKH, v_BSKH = layers.project('BTD,DNH->BTNH', x_BTD, w_q, w_k, w_v)
+      q_BTNH, k_BSKH, v_BSKH = layers.project('BTD,DNH->BTNH', self.cfg.fp8, x_BTD, w_q, w_k, w_v)
     else:
-      q_BTNH, = layers.project('BTD,DNH->BTNH', x_BTD, w_q)
-      k_BSKH, v_BSKH = layers.project('BSD,DKH->BSKH', memory_BSD, w_k, w_v)
+      q_BTNH, = layers.project('BTD,DNH->BTNH', self.cfg.fp8, x_BTD, w_q)
+      k_BSKH, v_BSKH = layers.project('BSD,DKH->BSKH', self.cfg.fp8, memory_BSD, w_k, w_v)
     if self.cfg.attention_bias:
       q_BTNH = layers.add_bias(q_BTNH, self.b_q_NH)
       k_BSKH, v_BSKH = layers.add_bias(k_BSKH, self.b_k_KH), layers.add_bias(v_BSKH, self.b_v_KH)
@@ -296,7 +296,7 @@ class Attention(nnx.Module):
       else:
         o_BTNH, weight_BNTS = attend_xla(q_BTNH, k_BSKH, v_BSKH, view, **options)
         tap('attention_weights', weight_BNTS)
-    y_BTD, = layers.project('BTNH,NHD->BTD', shard(o_BTNH, 'BTNH'), self.w_o_NHD[...])
+    y_BTD, = layers.project('BTNH,NHD->BTD', cfg.fp8, shard(o_BTNH, 'BTNH'), self.w_o_NHD[...])
     return layers.add_bias(y_BTD, self.b_o_D) if cfg.attention_out_bias else y_BTD
 
 

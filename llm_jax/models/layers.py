@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from llm_jax import config as config_lib
+from llm_jax.models import fp8 as fp8_lib
 from llm_jax.models import quantize
 from llm_jax.sharding import shard
 
@@ -59,18 +60,22 @@ def _trailing(w, ndim):
   return w.reshape((1,) * (ndim - w.ndim) + w.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def project(spec: str, x, *ws):
-  """[einsum(spec, x, w) for w in ws]: an activation and the weights that read it, e.g. 'BTD,DF->BTF'.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def project(spec: str, fp8: bool, x, *ws):
+  """[einsum(spec, x, w) for w in ws]: an activation and the weights that read it, e.g. 'BTD,DF->BTF'. fp8: in float8,
+  but for quantised weights.
 
   On one CPU device they are one product of two matrices, with weights joined and transposed ahead (a loop over
   microbatches does that once), and in the backward pass first the weights' gradient, then the input's: two products at
   once on the same cores are slower than one after the other.
   """
-  return _project_fwd(spec, x, *ws)[0]
+  return _project_fwd(spec, fp8, x, *ws)[0]
 
 
-def _project_fwd(spec, x, *ws):
+def _project_fwd(spec, fp8, x, *ws):
+  if fp8 and not any(isinstance(w, quantize.Quantized) for w in ws):
+    x_8, ws_8 = fp8_lib.scaled(x), [fp8_lib.scaled(w) for w in ws]
+    return [fp8_lib.einsum(spec, x_8, w_8, x.dtype) for w_8 in ws_8], (x_8, ws_8)
   if not on_one_cpu():
     return [quantize.einsum(spec, x, w) for w in ws], (x, ws)
   # Quantised weights multiplied as they are would be by one core.
@@ -78,12 +83,16 @@ def _project_fwd(spec, x, *ws):
   return _products(x, wide), (x, ws)
 
 
-def _project_bwd(spec, saved, gs):
+def _project_bwd(spec, fp8, saved, gs):
   x, ws = saved
-  if on_one_cpu():
-    return _products_bwd(x, ws, gs)
   inputs, out = spec.split('->')
   in_x, in_w = inputs.split(',')
+  if fp8:
+    dtype, gs_8 = gs[0].dtype, [fp8_lib.gradient(g) for g in gs]
+    dx = sum(fp8_lib.einsum(f'{out},{in_w}->{in_x}', g, w, dtype) for g, w in zip(gs_8, ws))
+    return dx, *(fp8_lib.einsum(f'{in_x},{out}->{in_w}', x, g, dtype) for g in gs_8)
+  if on_one_cpu():
+    return _products_bwd(x, ws, gs)
   dx = sum(jnp.einsum(f'{out},{in_w}->{in_x}', g, w) for g, w in zip(gs, ws))
   return dx, *(jnp.einsum(f'{in_x},{out}->{in_w}', x, g) for g in gs)
 
@@ -134,7 +143,7 @@ class Mlp(nnx.Module):
 
   def __init__(self, cfg: config_lib.Model, rngs: nnx.Rngs, mlp_dim: int = 0):
     D, F = cfg.width, mlp_dim or cfg.mlp_dim
-    self.kind = cfg.mlp
+    self.kind, self.fp8 = cfg.mlp, cfg.fp8
     self.w_up_DF = normal(rngs, D, F, std=cfg.init_scale * D**-0.5)
     if cfg.mlp in ('geglu', 'swiglu'):
       self.w_gate_DF = normal(rngs, D, F, std=cfg.init_scale * D**-0.5)
@@ -145,14 +154,14 @@ class Mlp(nnx.Module):
 
   def __call__(self, x_BTD):
     gated = [self.w_gate_DF[...]] if hasattr(self, 'w_gate_DF') else []
-    h_BTF, *gate = project('BTD,DF->BTF', x_BTD, self.w_up_DF[...], *gated)
+    h_BTF, *gate = project('BTD,DF->BTF', self.fp8, x_BTD, self.w_up_DF[...], *gated)
     if hasattr(self, 'b_up_F'):
       h_BTF = add_bias(h_BTF, self.b_up_F)
     if gate:
       h_BTF = h_BTF * ACTIVATIONS[self.kind](gate[0])
     else:
       h_BTF = settle(ACTIVATIONS[self.kind](h_BTF))
-    y_BTD, = project('BTF,FD->BTD', shard(h_BTF, 'BTF'), self.w_down_FD[...])
+    y_BTD, = project('BTF,FD->BTD', self.fp8, shard(h_BTF, 'BTF'), self.w_down_FD[...])
     return add_bias(y_BTD, self.b_down_D) if hasattr(self, 'b_down_D') else y_BTD
 
 

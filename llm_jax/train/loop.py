@@ -21,7 +21,7 @@ from llm_jax.data import prepare, store
 from llm_jax.generate import sampling
 from llm_jax.interop import families
 from llm_jax.interop import load as interop
-from llm_jax.models import attention, layers, pipeline, transformer
+from llm_jax.models import attention, fp8, layers, pipeline, transformer
 from llm_jax.train import clock as clock_lib
 from llm_jax.train import explain, report
 from llm_jax.train import metrics as metrics_lib
@@ -119,6 +119,8 @@ class Run:
       raise ConfigError(f'config.model.vocab_size: {self.model.vocab_size} is smaller than the tokenizer\'s '
                         f'{self.tokenizer.vocab_size}')
     self.check_prompts()
+    if self.model.fp8:
+      fp8.check(jax.default_backend(), attention.capability())
     dtype = attention.compute_dtype(self.model.dtype)
     self.kernel, self.kernel_reason = attention.choose(
         self.model, jax.default_backend(), dtype, cfg.data.length, cfg.data.packing == 'pack',
@@ -241,7 +243,7 @@ class Run:
     with self.clock('compile'):
       batch = sharding.put_batch(self.batches(self.first_step, self.rows()), self.mesh)
       self.train_step, remat, why = remat_lib.lightest(compiled, self.model.remat)
-    self.model = dataclasses.replace(self.model, remat=remat)
+    self.model = dataclasses.replace(self.model, remat=remat, fp8=False)     # evaluated as it will be used
     if jax.process_index() == 0:
       print(f'   remat  {remat} ({why})', flush=True)
     if self.kernel in attention.MARKS:
@@ -270,7 +272,8 @@ class Run:
         ('mesh', mesh + (', kv heads replicated over tensor' if sharding.replicated_kv(params, self.mesh) else '')),
         ('model', f'{transformer.count(params):,} parameters, {self.model.layers} layers, width {self.model.width}, '
                   f'{self.model.heads} heads, vocabulary {self.model.vocab_size:,}'),
-        ('compute', f'{attention.compute_dtype(self.model.dtype)} matrix products, attention kernel {self.kernel} '
+        ('compute', f'{attention.compute_dtype(self.model.dtype)} matrix products'
+                    f'{", float8 in the layers" * self.model.fp8}, attention kernel {self.kernel} '
                     f'({self.kernel_reason}), {flops["causal"] / 1e6:.3g} MFLOP/token'),
         ('data', f'{source}: {sum(s.n_tokens for s in self.stores.train):,} training tokens, '
                  f'{sum(s.n_tokens for s in self.stores.valid):,} held out, {self.tokenizer.kind} tokenizer'),

@@ -13,9 +13,9 @@ from llm_jax.data import tokenizer as tokenizer_lib
 
 FIXED = ('model.', 'tokenizer.', 'data.', 'optimizer.name', 'train.batch_size', 'train.seed',
          'train.objective', 'train.ema', 'train.spike_window', 'init_from')
-FREE = ('model.kernel', 'model.remat', 'model.unroll', 'model.dropout', 'tokenizer.path', 'tokenizer.train_mb',
-        'data.source', 'data.path', 'data.field', 'data.valid_path', 'data.cache_dir', 'data.workers',
-        'data.max_bad_records')     # may change: the text and the tokenizer themselves are compared
+FREE = ('model.fp8', 'model.kernel', 'model.remat', 'model.unroll', 'model.dropout', 'tokenizer.path',
+        'tokenizer.train_mb', 'data.source', 'data.path', 'data.field', 'data.valid_path', 'data.cache_dir',
+        'data.workers', 'data.max_bad_records')     # may change: the text and the tokenizer themselves are compared
 SILENT = ('log.', 'checkpoint.', 'eval.', 'mesh.', 'data.', 'tokenizer.')
 MUON = ('optimizer.muon_', 'optimizer.momentum', 'optimizer.matrix_learning_rate')    # of no other optimizer
 GO_ON = 'set it as it was, or name another --workdir (--config.init_from={} starts from these weights there)'

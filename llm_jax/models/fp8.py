@@ -1,0 +1,41 @@
+"""Products of activations and weights in 8-bit floating point: E4M3 forward, E5M2 for gradients (arXiv 2209.05433),
+each array scaled by its own largest value of the moment. A GPU that has them makes twice as many as in bfloat16."""
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax.config import ConfigError
+
+NEEDS = 8.9             # compute capability: Ada, Hopper
+
+
+class Scaled(NamedTuple):
+  """q * scale."""
+  q: jax.Array
+  scale: jax.Array      # float32 scalar
+
+
+def scaled(x, dtype=jnp.float8_e4m3fn) -> Scaled:
+  """x in float8, its largest value at the end of the range."""
+  x = x.astype(jnp.float32)
+  top = jnp.abs(x).max()
+  scale = jnp.where(top > 0, top, 1.0) / float(jnp.finfo(dtype).max)
+  return Scaled((x / scale).astype(dtype), scale)
+
+
+def gradient(x) -> Scaled:
+  """A gradient, which has a wider range and is needed less exactly."""
+  return scaled(x, jnp.float8_e5m2)
+
+
+def einsum(spec: str, a: Scaled, b: Scaled, dtype):
+  """Summed in float32."""
+  return (jnp.einsum(spec, a.q, b.q, preferred_element_type=jnp.float32) * (a.scale * b.scale)).astype(dtype)
+
+
+def check(platform: str, capability: float) -> None:
+  """Raises ConfigError where this machine's accelerator has no products in float8; a CPU imitates them."""
+  if platform == 'tpu' or platform == 'gpu' and capability < NEEDS:
+    raise ConfigError(f'config.model.fp8: needs an NVIDIA GPU of compute capability {NEEDS} (Ada, Hopper) or newer, '
+                      'or a CPU, slowly; set it to False')
