@@ -13,6 +13,7 @@ from llm_jax.data import objectives
 from llm_jax.data.objectives import GOLDEN, Ids, hash64, mix64
 from llm_jax.data.store import Store
 
+VERSION = 2                   # of what batch a step has: kept with checkpoints, so that a run is told of a change
 PERIOD = 1 << 14              # longest period of a mixture's schedule: weights are multiples of 1 / PERIOD or less
 
 

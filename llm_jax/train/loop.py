@@ -465,7 +465,8 @@ class Run:
     start = time.monotonic()
     with self.clock('checkpoint'):
       self.checkpoints.save(step, self.state, dict(
-          seconds=self.budget.seconds(), time=self.clock.parts(), data=self.data, **self.came_with))
+          seconds=self.budget.seconds(), time=self.clock.parts(), data=self.data, batches=batches_lib.VERSION,
+          **self.came_with))
       try:
         self.directory.publish()
       except ConfigError as e:              # the logs stay here, and go with the next checkpoint

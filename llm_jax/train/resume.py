@@ -8,7 +8,7 @@ import pathlib
 from llm_jax import checkpoint as checkpoint_lib
 from llm_jax import config as config_lib
 from llm_jax.config import ConfigError
-from llm_jax.data import store
+from llm_jax.data import batches, store
 from llm_jax.data import tokenizer as tokenizer_lib
 
 FIXED = ('model.', 'tokenizer.', 'data.', 'optimizer.name', 'train.batch_size', 'train.seed',
@@ -38,6 +38,8 @@ def check_config(found: checkpoint_lib.Step, cfg: config_lib.Config) -> str:
       fixed.append(text)
     elif not key.startswith(SILENT):
       noted.append(text)
+  if found.extra.get('batches', 1) != batches.VERSION and cfg.data.packing == 'concat':
+    noted.append('where windows are cut in later epochs (by the version of llm_jax)')
   if fixed:
     raise ConfigError(f'--workdir: step {found.step} of {_run(found)} was trained with another config: '
                       f'{"; ".join(fixed)}; {GO_ON.format(_run(found))}')
