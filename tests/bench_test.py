@@ -123,7 +123,7 @@ def test_the_peer_is_in_the_same_table(capsys):
 
 def test_the_peer_computes_our_loss_and_learns_as_we_do():
   torch = pytest.importorskip('torch', reason="the peer needs pip install -e '.[parity]'")
-  flags = argparse.Namespace(layers=2, width=64, length=32, batch=4, vocab=65, remat='none', dtype='float32')
+  flags = argparse.Namespace(layers=2, width=64, length=32, batch=4, vocab=65, remat='none', dtype='float32', fp8=False)
   token_BT = np.random.default_rng(0).integers(0, 65, (4, 33), dtype=np.int32)
   ours, peer = training.Ours(flags, token_BT), training.Torch(flags, token_BT, False)
   params = jax.tree.map(np.asarray, ours.state['params'])
