@@ -96,7 +96,7 @@ def test_a_run_learns_as_well_goes_on_without_and_is_evaluated_without(tmp_path,
   assert again == pytest.approx(found, rel=1e-5)
 
 
-def test_a_mesh_scales_by_the_largest_value_of_all_its_parts(tmp_path):
+def test_a_mesh_scales_by_the_largest_value_of_all_its_parts():
   from jax.sharding import AxisType
   mesh = jax.make_mesh((2, 2), ('fsdp', 'tensor'), axis_types=(AxisType.Auto,) * 2)
   x, ws, _ = case('BTD,DF->BTF')

@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--learn_steps', type=int, default=2000, help='of learn')
   parser.add_argument('--mb', type=int, default=400, help='of the state that save writes')
   parser.add_argument('--dtype', default='auto', choices=('auto', 'float32', 'bfloat16'))
-  parser.add_argument('--fp8', action='store_true', help="of train: the layers' products in float8")
+  parser.add_argument('--fp8', action='store_true', help="of train and compile: the layers' products in float8")
   for name, value in SIZES.items():
     parser.add_argument(f'--{name}', type=int, default=value)
   with config_lib.one_line_errors('--debug' in argv):
