@@ -14,6 +14,7 @@ from tiny import model, params, quick_jit, shapes, tokens
 from llm_jax import sharding
 from llm_jax.config import ConfigError, Mesh
 from llm_jax.models import layers, transformer
+from llm_jax.planner import program
 
 FAMILIES = {
     'transformer': dict(), 'gpt2_124m': dict(), 'llama3_8b': dict(), 'llama3_2_1b': dict(rope_original_length=20),
@@ -344,3 +345,34 @@ def test_encoder_decoder_learns_to_reverse():
   for t in range(T):
     token_BT[:, t + 1] = predict(carry[0], token_BT[:, :T])[:, t]
   assert (token_BT[:, 1:] == source_BS[:, ::-1]).mean() >= 0.99
+
+
+@pytest.mark.parametrize('layer', [False, True])
+@pytest.mark.parametrize('axes', [(-1,), (-2, -1)])
+@pytest.mark.parametrize('learned', [False, True])
+def test_a_norms_gradient_is_that_of_its_definition(layer, axes, learned):
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  x, g = draw(2, 3, 4, 8) + 0.5, draw(2, 3, 4, 8)
+  scale = draw(1, 1, *(1, 4)[len(axes) - 1:len(axes)], 8) if learned else None
+
+  def plain(x, scale):
+    y = x - x.mean(axes, keepdims=True) if layer else x
+    y = y / jnp.sqrt((y ** 2).mean(axes, keepdims=True) + 1e-3)
+    return y if scale is None else y * scale
+  out, pull = jax.vjp(lambda *a: layers.normalise(layer, 1e-3, axes, *a), x, scale)
+  want, pull_plain = jax.vjp(plain, x, scale)
+  np.testing.assert_allclose(out, want, atol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), pull(g), pull_plain(g))
+
+
+@pytest.mark.parametrize('more, bytes_per_width', [
+    (dict(norm='layer', mlp='gelu'), 2 * (2 + 4 + 2 + 2 * 4)),                    # two norms, q k v o, MLP twice
+    (dict(norm='rms', mlp='swiglu', qk_norm='head'), 2 * (2 + 4 + 2 + 2 + 3 * 4))])
+def test_a_layer_keeps_little_in_bfloat16(more, bytes_per_width):
+  """For the backward pass, without recomputation: no array in float32 but numbers of a position or a head."""
+  cfg = model(layers=3, width=64, heads=1, head_dim=64, kv_heads=1, mlp_dim=256, dtype='bfloat16', remat='none', **more)
+  weights = transformer.init(cfg, jax.random.key(0))
+  loss = lambda w: transformer.bind(cfg, w)(jnp.zeros((8, 4), jnp.int32)).sum()
+  kept = program.kept_bytes(jax.make_jaxpr(jax.grad(loss))(weights).jaxpr, {3}) / (3 * 32 * 64)
+  assert bytes_per_width <= kept < 1.2 * bytes_per_width

@@ -184,8 +184,8 @@ class Part:
   def mlp(self, product, x, weights):
     up, down, *gate = weights
     h = product(x, up)
-    activation = layers.ACTIVATIONS[self.cfg.mlp]
-    return product(h * activation(product(x, gate[0])) if gate else activation(h), down)
+    kind = self.cfg.mlp
+    return product(layers.gated(kind, h, product(x, gate[0])) if gate else layers.ACTIVATIONS[kind](h), down)
 
 
 # Packing and exchanging -----------------------------------------------------------------------------------------------

@@ -264,7 +264,7 @@ class Transformer(nnx.Module):
 
   def _products(self, x_BTD, w_VD):
     w_VD = shard(w_VD.astype(x_BTD.dtype), 'VD', dict(V=PARAM['V']))         # gather D
-    return jnp.einsum('BTD,VD->BTV', x_BTD, w_VD, preferred_element_type=jnp.float32)
+    return quantize.einsum('BTD,VD->BTV', x_BTD, w_VD, jnp.float32)
 
   def _scan(self, x_BTD, context: Context, names):
     """Runs the stacks in order: one scan over the repeats of the window pattern, one over what is left. Returns x_BTD

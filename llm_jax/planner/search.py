@@ -86,7 +86,7 @@ def _state_bytes(model_cfg, optimizer, ema, model, sizes):
   if key not in _cache:
     cfg = config_lib.Config(model=model_cfg, optimizer=optimizer, train=config_lib.Train(ema=ema))
     mesh = AbstractMesh(tuple(n for _, n in sizes), tuple(name for name, _ in sizes))
-    state, _, _ = program_lib.abstract_state(cfg, model, mesh)
+    state, _, _ = step_lib.abstract_state(cfg, model, mesh)
     blocks = [w for name, w in state['params'].items() if name.startswith(sharding.STACKED)]
     _cache[key] = (program_lib.shard_bytes(state), program_lib.shard_bytes(state['params']),
                    program_lib.shard_bytes(blocks) / (model.layers / dict(sizes)['stage']))
@@ -99,13 +99,14 @@ def _activation_bytes(cfg, model, sizes, tokens, width):
   mlp = model.expert_dim * model.experts_per_token if model.experts else model.mlp_dim
   heads = (model.heads + 2 * model.kv_heads) * model.head_dim
   products = (heads + model.heads * model.head_dim) / tensor + 2 * model.width + mlp * 2 / tensor
-  everything = products + 6 * model.width + 3 * mlp / tensor + heads / tensor
-  kept = {'none': everything + model.width, 'dots': model.width + products, 'full': model.width,
+  again = (mlp if model.mlp in ('geglu', 'swiglu') else 0) + (heads if model.qk_norm != 'none' else 0)
+  working = products + 6 * model.width + 3 * mlp / tensor + heads / tensor
+  kept = {'none': products + 2 * model.width + again / tensor, 'dots': model.width + products, 'full': model.width,
           'offload': 0}[cfg.model.remat]
   entries = min(cfg.train.loss_chunk or model.vocab_size, model.vocab_size)
   logits = 3 * tokens * entries / tensor * 4
   table = (model.vocab_size + entries) * model.width / tensor * width
-  return kept * tokens * width * model.layers / sizes['stage'], tokens * everything * width * 1.5 + logits + table
+  return kept * tokens * width * model.layers / sizes['stage'], tokens * working * width * 1.5 + logits + table
 
 
 def _seconds(cfg, model, machine, sizes, microbatches, tokens, parameters, width):

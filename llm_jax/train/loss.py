@@ -19,16 +19,43 @@ def cross_entropy(logits_BTV: jax.Array, target_BT: jax.Array, mask_BT: jax.Arra
   """(loss, sums), float32 scalars computed in float32 from logits of any float dtype; nats, summed under the mask.
 
   loss: sum of (1 - label_smoothing) * ce + label_smoothing * (mean over V of -log p) + z_loss * logsumexp ** 2 (z-loss:
-  arXiv 2204.02311). sums: 'loss/ce' (without smoothing), 'loss/z' (with its factor), 'accuracy' (targets that are the
-  argmax), 'tokens' (the mask). No gradient reaches the sums' accuracy; unused sums cost nothing under jit.
+  arXiv 2204.02311). sums: 'loss/ce' (without smoothing), 'loss/z' (with its factor), 'accuracy' (targets whose logit is
+  the largest; of several that are, each counts as its share), 'tokens' (the mask). No gradient reaches the accuracy;
+  unused sums cost nothing under jit.
   """
   logits_BTV = logits_BTV.astype(jnp.float32)
-  is_target_BTV = jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2) == target_BT[..., None]
-  logsumexp_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-  ce_BT = logsumexp_BT - jnp.where(is_target_BTV, logits_BTV, 0).sum(-1)
+  logsumexp_BT, picked_BT, hit_BT = _softmax(logits_BTV, target_BT)
   even_BT = logsumexp_BT - logits_BTV.mean(-1) if label_smoothing else 0.0
-  return _add_up(ce_BT, logsumexp_BT, even_BT, jnp.argmax(logits_BTV, axis=-1) == target_BT, mask_BT, z_loss,
-                 label_smoothing)
+  return _add_up(logsumexp_BT - picked_BT, logsumexp_BT, even_BT, hit_BT, mask_BT, z_loss, label_smoothing)
+
+
+@jax.custom_vjp
+def _softmax(logits_BTV, target_BT):
+  """Of each position the logsumexp, the target's logit, and the target's share of the largest ones. The backward pass
+  computes the probabilities again from the logits; kept, they would be written and read once more."""
+  return _softmax_fwd(logits_BTV, target_BT)[0]
+
+
+def _softmax_fwd(logits_BTV, target_BT):
+  most_BT1 = logits_BTV.max(-1, keepdims=True)
+  log_sum_BT1 = jnp.log(jnp.exp(logits_BTV - most_BT1).sum(-1, keepdims=True))
+  picked_BT = jnp.where(_is_target(logits_BTV, target_BT), logits_BTV, 0).sum(-1)
+  hit_BT = (picked_BT == most_BT1[..., 0]) / (logits_BTV == most_BT1).sum(-1)
+  return ((log_sum_BT1 + most_BT1)[..., 0], picked_BT, hit_BT), (logits_BTV, target_BT, most_BT1, log_sum_BT1)
+
+
+def _softmax_bwd(saved, gradients):
+  logits_BTV, target_BT, most_BT1, log_sum_BT1 = saved
+  to_logsumexp_BT, to_picked_BT, _ = gradients
+  picked_BTV = jnp.where(_is_target(logits_BTV, target_BT), to_picked_BT[..., None], 0)
+  return jnp.exp(logits_BTV - most_BT1 - log_sum_BT1) * to_logsumexp_BT[..., None] + picked_BTV, None
+
+
+_softmax.defvjp(_softmax_fwd, _softmax_bwd)
+
+
+def _is_target(logits_BTV, target_BT):
+  return jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2) == target_BT[..., None]
 
 
 def _add_up(ce_BT, logsumexp_BT, even_BT, hit_BT, mask_BT, z_loss, label_smoothing):
@@ -65,30 +92,30 @@ def chunked_cross_entropy(x_BTD: jax.Array, w_VD: jax.Array, logits_fn: Callable
   high_BTD = x_BTD.astype(jnp.float32)                       # so that the parts' gradients add up in float32
 
   def body(carry, part):
-    most_BT, best_BT, sum_BT, picked_BT, total_BT = carry
+    most_BT, ties_BT, sum_BT, picked_BT, total_BT = carry
     w_CD, index_C = part
     index_BTC = index_C[None, None]
     logits_BTC = logits_fn(high_BTD.astype(x_BTD.dtype), w_CD)
     if padded:
       logits_BTC = jnp.where(index_BTC < V, logits_BTC, -jnp.inf)
     top_BT = jax.lax.stop_gradient(logits_BTC.max(-1))
-    at_BT = index_C[jnp.argmax(logits_BTC, -1)]
-    better_BT = (top_BT > most_BT) | (top_BT == most_BT) & (at_BT < best_BT)
     new_BT = jnp.maximum(most_BT, top_BT)
+    ties_BT = jnp.where(most_BT == new_BT, ties_BT, 0) + (logits_BTC == new_BT[..., None]).sum(-1)
     sum_BT = sum_BT * jnp.exp(most_BT - new_BT) + jnp.exp(logits_BTC - new_BT[..., None]).sum(-1)
     picked_BT += jnp.where(index_BTC == target_BT[..., None], logits_BTC, 0).sum(-1)
     if label_smoothing:
       total_BT += jnp.where(index_BTC < V, logits_BTC, 0).sum(-1)
-    return (new_BT, jnp.where(better_BT, at_BT, best_BT), sum_BT, picked_BT, total_BT), None
+    return (new_BT, ties_BT, sum_BT, picked_BT, total_BT), None
 
   zero_BT = jnp.zeros(target_BT.shape, jnp.float32)
   w_XVD = sharding.shard(split(w_VD, 0), 'XVD', sharding.PARAM)
-  start = zero_BT - jnp.inf, jnp.full_like(target_BT, V), zero_BT, zero_BT, zero_BT
-  (most_BT, best_BT, sum_BT, picked_BT, total_BT), _ = jax.lax.scan(
+  start = zero_BT - jnp.inf, jnp.zeros_like(target_BT), zero_BT, zero_BT, zero_BT
+  (most_BT, ties_BT, sum_BT, picked_BT, total_BT), _ = jax.lax.scan(
       jax.checkpoint(body, prevent_cse=False), start, (w_XVD, split(jnp.arange(V, dtype=jnp.int32), V)))
   logsumexp_BT = most_BT + jnp.log(sum_BT)
-  return _add_up(logsumexp_BT - picked_BT, logsumexp_BT, logsumexp_BT - total_BT / V, best_BT == target_BT, mask_BT,
-                 z_loss, label_smoothing)
+  hit_BT = (picked_BT == most_BT) / ties_BT
+  return _add_up(logsumexp_BT - picked_BT, logsumexp_BT, logsumexp_BT - total_BT / V, hit_BT, mask_BT, z_loss,
+                 label_smoothing)
 
 
 def router_losses(train: config_lib.Train, routed: dict, tokens: jax.Array) -> tuple[jax.Array, dict]:
