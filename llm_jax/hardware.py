@@ -43,9 +43,11 @@ CHIPS = (
     _chip('TPU v5p?', 459, 400, 95, 2765, 90, 6, 6.25), _chip('TPU v6( lite|e)', 918, 350, 31.25, 1640, 90, 4, 12.5),
     _chip('TPU7x?', 1153.5, 500, 94.75, 3690, 45, 6, 6.25),
     _chip('V100', 125, 300), _chip('T4', 65, 70, 14.6, 320), _chip('A10G', 70, 300, 22.5, 600),
-    _chip('A10', 125, 150, 22.5, 600), _chip('A40', 149.7, 300), _chip('A100', 312, 400, 79.2, 2039, 300, 1, 25),
-    _chip('L4', 121, 72, 22.5, 300), _chip('L40S', 362, 350), _chip('H100 NVL', 835, 400),
-    _chip('H100 PCIe', 756, 350), _chip('H100', 989, 700, 79.6, 3350, 450, 1, 50), _chip('H200 NVL', 835, 600),
+    _chip('A10', 125, 150, 22.5, 600), _chip('A40', 149.7, 300),
+    _chip(r'A100[\w-]*40GB', 312, 400, 39.4, 1555, 300, 1, 25), _chip('A100', 312, 400, 79.2, 2039, 300, 1, 25),
+    _chip('L4', 121, 72, 22.5, 300), _chip('L40S', 362, 350), _chip('H100 NVL', 835, 400, 93, 3938),
+    _chip('H100 PCIe', 756, 350, 79.6, 2039), _chip('H100', 989, 700, 79.6, 3350, 450, 1, 50),
+    _chip('H200 NVL', 835, 600, 140, 4800),
     _chip('H200', 989, 700, 140, 4800, 450, 1, 50), _chip('GH200', 989, 700),
     _chip('B200', 2250, 1000, 178, 8000, 900, 1, 50), _chip('GB200', 2500, 1200),
     _chip('RTX 3090', 71, 350), _chip('RTX 4090', 165.2, 450), _chip('RTX 5090', 209.5, 575),
@@ -122,7 +124,7 @@ def keep_memory() -> None:
   threads. XLA allocates a step's temporaries anew for each step, and glibc by default gives blocks of more than 32 MiB
   back to the system, which then clears every page again: up to a third of a small model's step (docs/log.md). Nothing
   changes without glibc, and where an accelerator computes."""
-  if platform.libc_ver()[0] == 'glibc' and not _accelerated():
+  if platform.libc_ver()[0] == 'glibc' and not accelerated():
     libc = ctypes.CDLL(None)
     libc.mallopt(-8, 1)         # M_ARENA_MAX: one heap for all threads, for others are cut into blocks of 64 MiB
     libc.mallopt(-4, 0)         # M_MMAP_MAX: no block of its own, all in the heap
@@ -135,7 +137,7 @@ def give_back_memory() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def _accelerated() -> bool:
+def accelerated() -> bool:
   """Whether JAX will find a GPU or a TPU, by what is named to it or by the machine's devices: to ask JAX starts it."""
   import jax
   if jax.config.jax_platforms:

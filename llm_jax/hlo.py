@@ -1,7 +1,8 @@
 """The costs of a compiled program, counted from its optimized HLO (`compiled.as_text()`).
 
-XLA's own cost_analysis counts the body of a loop once; here everything is times its trips. CPU and TPU text is read; a
-TPU prints a matrix product as a convolution, and an asynchronous collective as several fusions that all contain it.
+XLA's own cost_analysis counts the body of a loop once; here everything is times its trips. The text of CPUs, TPUs and
+GPUs is read: a TPU prints a matrix product as a convolution, and an asynchronous collective as several fusions that all
+contain it; a GPU prints products and attention as calls of cuBLAS and cuDNN.
 """
 import collections
 import dataclasses
@@ -16,6 +17,7 @@ FREE = ('parameter', 'tuple', 'get-tuple-element', 'bitcast', 'constant', 'while
         'opt-barrier', 'partition-id', 'replica-id', 'async-update', 'async-done')
 BOOKKEEPING = ('AllocateBuffer', 'ConcatBitcast', 'AsyncCollectiveStart', 'AsyncCollectiveDone',
                'AssumeGatherIndicesInBound')
+LIBRARIES = ('__cublas', '__cudnn')
 SAME = ('bitcast', 'reshape', 'transpose', 'convert', 'copy')        # each element of the operand, once
 
 
@@ -31,9 +33,9 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """Of one device and step. `flops`: of matrix products, and what kernels say of themselves; `bytes`: an estimate of
-  HBM traffic; `custom_calls`: executions by target, or by name for a Pallas kernel; `unknown_loops`: loops whose trips
-  the text does not tell, counted once."""
+  """Of one device and step. `flops`: of matrix products and cuDNN's attention, and what kernels say of themselves;
+  `bytes`: an estimate of HBM traffic; `custom_calls`: executions by target, or by name for a Pallas kernel;
+  `unknown_loops`: loops whose trips the text does not tell, counted once."""
   flops: float
   bytes: float
   collectives: tuple[Collective, ...]
@@ -49,6 +51,13 @@ def count(text: str, mesh_shape: dict[str, int]) -> Cost:
   moved = [Collective(*which, of('sent')[which], n) for which, n in of('collective').items()]
   return Cost(float(total['flops', '']), float(total['bytes', '']),
               tuple(sorted(moved, key=lambda c: (-c.bytes, c.kind, c.axes))), of('call'), len(program.unknown))
+
+
+def products_in_float8(text: str) -> int:
+  """How many of a program's matrix products read operands in float8."""
+  computations = parse(text)[0].values()
+  return sum(c.ops[op.operands[0]].shape.startswith('f8') for c in computations for op in c.ops.values()
+             if op.opcode == 'dot' or op.target.startswith('__cublas'))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,6 +80,8 @@ class Op:
     out = []
     for kind, dims, layout in re.findall(r'\b([a-z]\w*)\[([^\]]*)\](\{[^}]*\})?', self.shape):
       dims, bits = tuple(int(d) for d in re.findall(r'\d+', dims)), re.match(r'[a-z]+(\d+)', kind)
+      if out and kind in ('s8', 'u8') and self.target.startswith(LIBRARIES):
+        continue                                   # room for the library to work in
       size = math.prod(dims) * (int(bits[1]) if bits else 8 if kind == 'pred' else 0) / 8
       out.append((dims, size, 0. if re.search(r'S\([1-9]', layout) else size))
     return out
@@ -83,8 +94,13 @@ class Op:
     m = re.search(rf'\b{name}={pattern}', self.attrs)
     return m and m[1]
 
+  @functools.cached_property
+  def target(self) -> str:
+    """What a custom call calls; '' for other operations."""
+    return self.attr('custom_call_target', '"([^"]*)"') or '' if self.opcode == 'custom-call' else ''
+
   def calls(self, *targets: str) -> bool:
-    return self.opcode == 'custom-call' and self.attr('custom_call_target', '"([^"]*)"') in targets
+    return self.target in targets
 
 
 @dataclasses.dataclass(eq=False)
@@ -218,30 +234,41 @@ class Program:
         self.unknown.add(op.name)
       inner = self.total(op.attr('body'), kept, fused)
     elif kind == 'conditional':
-      branches = re.findall(r'%([\w.-]+)', op.attr('branch_computations', r'\{([^}]*)\}') or '')
-      branches = branches or [op.attr('true_computation'), op.attr('false_computation')]
-      inner = max((self.total(b, {}, fused) for b in branches), key=lambda t: (t['flops', ''], t['bytes', '']))
+      inner = max((self.total(b, {}, fused) for b in branches(op)), key=lambda t: (t['flops', ''], t['bytes', '']))
     elif kind in ('fusion', 'call', 'async'):
       inner = self.total(op.attr('calls') or op.attr('to_apply'), {}, fused or kind == 'fusion')
     elif kind == 'dot':
-      lhs = comp.ops[op.operands[0]].dims
-      contracted = ints(op.attr('lhs_contracting_dims', r'\{([\d,]*)\}'))
-      total['flops', ''] += 2 * math.prod(op.dims) * math.prod(lhs[i] for i in contracted)
+      total.update(product_flops(comp, op, op.attr('lhs_contracting_dims', r'\{([\d,]*)\}')))
     elif kind == 'convolution':
       total['flops', ''] += convolution_flops(op, *(comp.ops[o].dims for o in op.operands[:2]))
     elif kind == 'custom-call' and not op.calls(*BOOKKEEPING):
-      target = op.attr('custom_call_target', '"([^"]*)"')
-      total['call', kernel_name(op) if target == 'tpu_custom_call' else target] += 1
+      total['call', kernel_name(op) if op.target == 'tpu_custom_call' else op.target] += 1
       total['flops', ''] += sum(ints(''.join(re.findall(r'"cost_estimate":\{"flops":"?(\d+)', op.config))))
-      if m := re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', op.config):       # a GPU's library product
-        lhs = comp.ops[op.operands[0]].dims
-        total['flops', ''] += 2 * math.prod(op.dims) * math.prod(lhs[i] for i in ints(m[1]))
+      if op.target.startswith('__cudnn$fmha'):
+        total['flops', ''] += attention_flops(comp, op)
+      elif m := re.search(r'"lhs_contracting_dimensions":\s*\[([^\]]*)\]', op.config):       # of cuBLAS
+        total.update(product_flops(comp, op, m[1]))
     elif kind in KINDS and not self.continues(comp, op) and (sent := self.collective(comp, op, kind, fused)):
       total['sent', sent[0]] += sent[1]
       total['collective', sent[0]] += 1
     for key, n in (inner or {}).items():
       total[key] += n * (1 if times is None else times)
     return total
+
+  def executed(self, name: str | None = None, env: dict[int, int] | None = None, times: float = 1):
+    """(computation, operation, executions) of each operation of the entry, its loops, branches and calls, but not
+    those inside fusions."""
+    comp, env = self.computations[name or self.entry], env or {}
+    for op in comp.ops.values():
+      yield comp, op, times
+      if op.opcode == 'while':
+        trips, kept = self.trips(comp, op, env)
+        yield from self.executed(op.attr('body'), kept, times * (1 if trips is None else trips))
+      elif op.opcode in ('call', 'async-start'):
+        yield from self.executed(op.attr('calls') or op.attr('to_apply'), {}, times)
+      elif op.opcode == 'conditional':
+        for branch in branches(op):
+          yield from self.executed(branch, {}, times)
 
   def continues(self, comp: Computation, op: Op) -> bool:
     """True for a collective that another fusion has started: all the fusions it runs beside repeat it."""
@@ -331,6 +358,32 @@ class Program:
       return 0.
     k = {'dynamic-update-slice': 1, 'scatter': 2}.get(made.opcode)
     return math.prod(comp.ops[made.operands[k]].dims) / max(1, math.prod(made.dims)) if k else 1.
+
+
+def branches(op: Op) -> list[str]:
+  found = re.findall(r'%([\w.-]+)', op.attr('branch_computations', r'\{([^}]*)\}') or '')
+  return found or [op.attr('true_computation'), op.attr('false_computation')]
+
+
+def product_flops(comp: Computation, op: Op, contracted: str | None) -> dict:
+  """Of a matrix product; also under 'flops8' where its operands are in float8."""
+  lhs = comp.ops[op.operands[0]]
+  flops = 2 * math.prod(op.dims) * math.prod(lhs.dims[i] for i in ints(contracted))
+  return {('flops', ''): flops} | ({('flops8', ''): flops} if lhs.shape.startswith('f8') else {})
+
+
+def attention_flops(comp: Computation, op: Op) -> float:
+  """Of cuDNN's attention, by the scores [B, N, T, S] that its configuration names and those its mask leaves: two
+  products forward, five backward, which computes the scores again."""
+  m = re.search(r'"intermediate_tensor_shape":\s*\{[^{}]*"dimensions":\s*\[([^\]]*)\]', op.config)
+  if not m:
+    return 0.0
+  B, N, T, S = ints(m[1])
+  window = re.search(r'"sliding_window_length":\s*"?(\d+)', op.config)
+  keys = min(int(window[1]) if window else 0, S) or S
+  seen = T * keys - (keys * keys / 2 if re.search(r'"mask_type":\s*"(PADDING_)?CAUSAL"', op.config) else 0)
+  products = 5 if op.target.endswith('Backward') else 2
+  return 2.0 * products * B * N * seen * comp.ops[op.operands[0]].dims[-1]
 
 
 def kernel_name(op: Op) -> str:

@@ -2,6 +2,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from tiny import model, params, quick_jit
 from llm_jax import config as config_lib
 from llm_jax import sharding
 from llm_jax.config import ConfigError, Mesh
-from llm_jax.models import attention, transformer
+from llm_jax.models import attention, layers, transformer
 from llm_jax.models.attention import (
   BLOCK,
   attend_causal,
@@ -309,11 +310,11 @@ def test_cudnn_lowers_for_a_gpu(monkeypatch):
     assert '"mask_type": "CAUSAL"' in line and '"fmha_scale": 0.25' in line and '"sliding_window_length": 32' in line
 
 
-def step_text(kernel: str) -> str:
+def step_text(kernel: str, **train) -> str:
   """The training step of a model of two layers, lowered for CUDA as if cuDNN were installed; triton's with packed
   documents."""
   model = dataclasses.replace(FULL, dtype='bfloat16', kernel=kernel, qk_norm='head')
-  cfg = config_lib.Config(model=model, data=config_lib.Data(length=128), train=config_lib.Train(batch_size=2))
+  cfg = config_lib.Config(model=model, data=config_lib.Data(length=128), train=config_lib.Train(batch_size=2, **train))
   tx = optimizer.make(cfg.optimizer, jax.eval_shape(lambda: transformer.init(model, jax.random.key(0))))
   state = jax.eval_shape(lambda: step.init_state(cfg, model, tx, jax.random.key(0)))
   packed = dict(position_BT=jnp.int32, segment_BT=jnp.int32) if kernel == 'triton' else {}
@@ -332,11 +333,28 @@ def test_the_kernel_of_the_banner_is_in_the_step(monkeypatch):
     pytest.skip(f'this jax lowers cuDNN attention only where cuDNN is installed: {e}')
   attention.verify('cudnn', text)
   assert 'custom_call @__cudnn$fmhaSoftmax(' in text and 'custom_call @__cudnn$fmhaSoftmaxBackward(' in text
-  packed = step_text('triton')
-  attention.verify('triton', packed)
-  assert 'mha_forward' in packed and 'mha_backward' in packed
   plain = step_text('xla')
   attention.verify('xla', plain)
-  for kernel in ('cudnn', 'triton', 'splash', 'ring'):
+  for kernel, program in (*((name, plain) for name in ('cudnn', 'triton', 'splash', 'ring')),
+                          ('cudnn', text.replace('fmhaSoftmaxBackward', 'other'))):
     with pytest.raises(RuntimeError, match=f"attention does not run by '{kernel}'.*kernel=xla trains without it"):
-      attention.verify(kernel, plain)
+      attention.verify(kernel, program)
+
+
+def test_packed_documents_run_by_triton():
+  try:
+    packed = step_text('triton')
+  except RuntimeError as e:
+    pytest.skip(f'this jax lowers Triton only where a GPU is: {e}')
+  attention.verify('triton', packed)
+  assert 'mha_forward' in packed and 'mha_backward' in packed
+
+
+@pytest.mark.parametrize('chunk', [0, 64])
+def test_a_bfloat16_step_multiplies_nothing_in_float32(chunk, monkeypatch):
+  """Forward and backward, attention's scores and the logits too, whose results are in float32: products of float32
+  operands are several times slower on a GPU."""
+  monkeypatch.setattr(layers, 'on_one_cpu', lambda: False)
+  products = [line for line in step_text('xla', loss_chunk=chunk).splitlines() if 'stablehlo.dot_general' in line]
+  operands = [re.search(r': \((.*)\) -> ', line)[1] for line in products]
+  assert len(products) >= 3 * (1 + 2 + 6) and all(of.count('bf16') == 2 for of in operands), products

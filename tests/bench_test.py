@@ -12,7 +12,7 @@ import pytest
 import serving
 
 from llm_jax.bench import __main__ as bench
-from llm_jax.bench import growing, training
+from llm_jax.bench import growing, torch_peer, training
 from llm_jax.models import transformer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -22,7 +22,7 @@ FLAGS = ['train', '--layers=1', '--width=64', '--length=32', '--batch=2', '--rou
 def test_ours_beside_the_limit(capsys):
   bench.main(FLAGS)
   out = capsys.readouterr().out
-  assert 'train 1 x 64, 2 x 32 tokens, 2 rounds of 1 steps' in out
+  assert 'train 1 x 64, 2 x 32 tokens, vocabulary 65, 2 rounds of 1 steps' in out
   assert 'llm_jax' in out and 'ours/this 1.00x' in out and 'limit' in out and out.count('tok/s') == 2
 
 
@@ -92,7 +92,7 @@ def test_a_second_start_compiles_less(capsys, monkeypatch):
   assert rows['programs from the cache'][0] == 0 < rows['programs from the cache'][1], out
   assert rows['compile, s'][1] < rows['compile, s'][0], out
   assert min(rows['programs kept on disk']) > 0 and min(rows['start to first loss, s']) > 0.5, out
-  assert min(rows['peak memory, MB']) > 100, out
+  assert min(rows["host's peak memory, MB"]) > 100, out
 
 
 def test_what_a_step_takes_as_a_model_grows(capsys, monkeypatch, tmp_path):
@@ -121,30 +121,48 @@ def test_the_peer_is_in_the_same_table(capsys):
   assert capsys.readouterr().out.count('ours/this') == 2
 
 
+def test_each_has_an_accelerator_alone_twice(capsys, monkeypatch):
+  monkeypatch.setattr(training.machine, 'accelerated', lambda: True)
+  bench.main([*FLAGS, '--rounds=3', '--explain'])
+  out = capsys.readouterr().out
+  assert re.findall(r'llm_jax  turn (\d): ', out) == ['1', '2'] and 'ours/this 1.00x' in out and ' idle ' in out
+
+
+def test_a_peer_that_fails_does_not_take_the_others_along(capsys, monkeypatch, tmp_path):
+  (tmp_path / 'torch.py').write_text('raise MemoryError("no room")\n')
+  monkeypatch.setattr(training, 'import_torch', lambda: None)
+  monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+  bench.main([*FLAGS, '--peer=torch'])
+  out = capsys.readouterr().out
+  assert re.search('^torch eager ended with 1: .*MemoryError: no room$', out, re.M) and out.count('ours/this') == 1
+
+
 def test_the_peer_computes_our_loss_and_learns_as_we_do():
   torch = pytest.importorskip('torch', reason="the peer needs pip install -e '.[parity]'")
-  flags = argparse.Namespace(layers=2, width=64, length=32, batch=4, vocab=65, remat='none', dtype='float32', fp8=False)
+  flags = argparse.Namespace(layers=2, width=64, length=32, batch=4, vocab=65, remat='none', dtype='float32', fp8=False,
+                             unroll=True, loss_chunk=0)
   token_BT = np.random.default_rng(0).integers(0, 65, (4, 33), dtype=np.int32)
-  ours, peer = training.Ours(flags, token_BT), training.Torch(flags, token_BT, False)
+  ours, peer = training.Ours(flags, token_BT), torch_peer.Torch(training.model_of(flags), token_BT, False)
   params = jax.tree.map(np.asarray, ours.state['params'])
   block, put = params['blocks0'], lambda to, w: to.weight.data.copy_(torch.from_numpy(np.array(w)))
-  peer.model = training.torch_gpt(torch, training.model_of(flags))
-  put(peer.model.embed, params['embed_VD'])
-  put(peer.model.position, params['position_embed_SD'])
-  for i, layer in enumerate(peer.model.blocks):
+  model = torch_peer.gpt(training.model_of(flags))
+  put(model.embed, params['embed_VD'])
+  put(model.position, params['position_embed_SD'])
+  for i, layer in enumerate(model.blocks):
     qkv = [block['attention'][name][i].reshape(64, 64) for name in ('w_q_DNH', 'w_k_DKH', 'w_v_DKH')]
     put(layer.qkv, np.concatenate(qkv, 1).T)
     put(layer.out, block['attention']['w_o_NHD'][i].reshape(64, 64).T)
     put(layer.up, block['mlp']['w_up_DF'][i].T)
     put(layer.down, block['mlp']['w_down_FD'][i].T)
-  peer.optimizer = torch.optim.AdamW(peer.model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
-  peer.forward = peer.model
+  groups = lambda model: [dict(params=list(model.parameters()), weight_decay=0.1)]
+  peer.step = torch_peer.Step(model, groups, 'float32', False)
   for _ in range(3):               # the losses of three steps: the same forward, backward, clip and update
     np.testing.assert_allclose(ours.run(1), peer.run(1), rtol=2e-4)
-  assert transformer.count(params) == sum(p.numel() for p in peer.model.parameters())
+  assert transformer.count(params) == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize('flags, text', [(['--layers=0'], 'layers'), (['--width=65'], 'width'),
+@pytest.mark.parametrize('flags, text', [(['--layers=0'], 'layers'), (['--loss_chunk=-1'], 'loss_chunk'),
+                                         (['--width=65'], 'width'),
                                          (['--peer=tf'], '--peer'), (['--pear=torch'], '--peer')])
 def test_bad_flags_are_one_line(flags, text, capsys):
   with pytest.raises(SystemExit) as stopped:

@@ -277,3 +277,42 @@ def test_a_program_compiled_for_a_tpu():
              JAX_PLATFORMS='cpu', ALLOW_MULTIPLE_LIBTPU_LOAD='1')
   done = subprocess.run([sys.executable, '-c', COMPILE], env=env, capture_output=True, text=True, timeout=120)
   assert done.returncode == 0, done.stderr[-2000:]
+
+
+FMHA = ('custom_call_target="__cudnn$fmhaSoftmax%s", backend_config={"cudnn_fmha_backend_config":{"fmha_scale":0.125,'
+        '"intermediate_tensor_shape":{"element_type":"BF16","dimensions":["2","4","256","256"],"tuple_shapes":[]},'
+        '"mask_type":"%s","bmm1_dot_dimension_numbers":{"lhs_contracting_dimensions":["3"]},'
+        '"sliding_window_length":%d}}')
+GEMM = ('(bf16[512,128]{1,0}, s8[33554432]{0}) custom-call(%%%s, %%%s), custom_call_target="__cublas$lt$matmul%s", '
+        'backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}')
+GPU = """HloModule jit_train_step
+
+ENTRY %%main (q: bf16[2,256,4,64]) -> (bf16[512,128], s8[33554432]) {
+  %%q = bf16[2,256,4,64]{3,2,1,0} parameter(0)
+  %%x = f8e4m3fn[512,64]{1,0} parameter(1)
+  %%w = f8e4m3fn[64,128]{1,0} parameter(2)
+  %%y = bf16[512,64]{1,0} parameter(3)
+  %%v = bf16[64,128]{1,0} parameter(4)
+  %%forward = (bf16[2,4,256,64]{3,2,1,0}, f32[2,4,256]{2,1,0}, u8[4096]{0}) custom-call(%%q, %%q, %%q), %s
+  %%back = (bf16[2,4,256,64]{3,2,1,0}, bf16[2,4,256,64]{3,2,1,0}, u8[0]{0}) custom-call(%%q, %%q, %%q), %s
+  %%eighth = %s
+  ROOT %%plain = %s
+}
+"""
+
+
+@pytest.mark.parametrize('mask, window, keys', [('CAUSAL', 0, 128), ('NO_MASK', 0, 256), ('CAUSAL', 64, 56)])
+def test_what_a_gpu_calls_of_its_libraries(mask, window, keys):
+  """cuDNN's attention by the scores that it computes (keys: a query's, on average); cuBLAS' products, in float8 too,
+  whose room to work in is no traffic."""
+  text = GPU % (FMHA % ('', mask, window), FMHA % ('Backward', mask, window), GEMM % ('x', 'w', '$f8'),
+                GEMM % ('y', 'v', ''))
+  program = hlo.Program(text, {})
+  costs = {op.name: program.cost(comp, op, {}, False) for comp, op, _ in program.executed()}
+  product = 2 * 2 * 4 * 256 * keys * 64
+  assert costs['forward']['flops', ''] == 2 * product and costs['back']['flops', ''] == 5 * product
+  for name, size in (('eighth', 1), ('plain', 2)):
+    assert costs[name]['flops', ''] == 2 * 512 * 64 * 128
+    assert costs[name]['bytes', ''] == size * (512 * 64 + 64 * 128) + 2 * 512 * 128
+  assert costs['eighth']['flops8', ''] and not costs['plain']['flops8', '']
+  assert hlo.products_in_float8(text) == 1 and not hlo.products_in_float8(text.replace('f8e4m3fn', 'bf16'))

@@ -187,7 +187,7 @@ def test_profiles_while_checkpoints_are_written_do_not_crash(tmp_path):
   code = f"""
 import pathlib, time, jax, jax.numpy as jnp
 from llm_jax import checkpoint
-from llm_jax.train import loop
+from llm_jax.train import explain
 state = {{item: {{str(i): jnp.ones((64, 64)) for i in range(20)}} for item in ('params', 'opt_state')}}
 state['step'] = jnp.int32(0)
 step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
@@ -199,7 +199,7 @@ while time.monotonic() < end:
   with checkpoint.Checkpointer(folder, 2, {{}}) as saved:
     for i in range(3):
       saved.save(i, state)
-      loop.start_profile(folder / 'profile')
+      explain.start(folder / 'profile')
       for _ in range(3):
         state = step(state)
       jax.block_until_ready(state)

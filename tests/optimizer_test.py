@@ -265,14 +265,20 @@ def rounded(closed, *args):
   return [read(v) for v in closed.jaxpr.outvars]
 
 
-@pytest.mark.parametrize('steps, most', [(3, 1.95), (4, 1.7), (5, 1.25), (6, 1.25)])
-def test_rounded_products_do_not_let_singular_values_grow(steps, most):
+@pytest.mark.parametrize('steps, most', [(3, 2.05), (4, 1.7), (5, 1.25), (6, 1.25)])
+def test_rounded_products_do_not_let_singular_values_grow(steps, most, monkeypatch):
+  """Where only products round, and where everything does, as on accelerators."""
   for seed in range(4):
     rng = np.random.default_rng(seed)
     u, v = (np.linalg.qr(rng.normal(size=(n, 128)))[0] for n in (128, 512))
     x = jnp.asarray((u * np.geomspace(1, 1e-4, 128)) @ v.T, jnp.float32)
     out, = rounded(jax.make_jaxpr(lambda x: muon.newton_schulz(x, steps, 1e-8))(x), x)
-    assert np.linalg.svd(np.float64(out), compute_uv=False).max() < most
+    with monkeypatch.context() as patch:
+      patch.setattr(jax, 'default_backend', lambda: 'gpu')
+      stored = muon.newton_schulz(x, steps, 1e-8)
+    assert stored.dtype == x.dtype and (stored == stored.astype(jnp.bfloat16)).all()
+    for found in (out, stored):
+      assert np.linalg.svd(np.float64(found), compute_uv=False).max() < most
 
 
 @pytest.mark.parametrize('size', [64, 2048])

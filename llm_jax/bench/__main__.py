@@ -25,7 +25,7 @@ import sys
 from llm_jax import config as config_lib
 from llm_jax.config import ConfigError
 
-SIZES = dict(layers=6, width=384, length=256, batch=16, vocab=65, rounds=7, steps=2)
+SIZES = dict(layers=6, width=384, length=256, batch=16, vocab=65, rounds=7, steps=2)      # all above 0
 COMMANDS = dict(train=('training', 'train'), save=('saving', 'save'), decode=('decoding', 'decode'),
                 serve=('serving', 'serve'), learn=('learning', 'learn'), load=('loading', 'load'),
                 compile=('compiling', 'compile_'), grow=('growing', 'grow'))
@@ -50,7 +50,11 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--learn_steps', type=int, default=2000, help='of learn')
   parser.add_argument('--mb', type=int, default=400, help='of the state that save writes')
   parser.add_argument('--dtype', default='auto', choices=('auto', 'float32', 'bfloat16'))
+  parser.add_argument('--scan', dest='unroll', action='store_false',
+                      help='of train, compile and grow: a loop over the layers, which compiles sooner')
   parser.add_argument('--fp8', action='store_true', help="of train and compile: the layers' products in float8")
+  parser.add_argument('--loss_chunk', type=int, default=0,
+                      help='of train and compile: entries of the vocabulary at a time, as train.loss_chunk; 0: all')
   for name, value in SIZES.items():
     parser.add_argument(f'--{name}', type=int, default=value)
   with config_lib.one_line_errors('--debug' in argv):
@@ -58,6 +62,8 @@ def main(argv: list[str]) -> None:
     for name in ('mb', 'streams', 'new', 'learn_steps', *SIZES):
       if getattr(flags, name) <= 0:
         raise ConfigError(f'--{name}: expected a positive number, got {getattr(flags, name)}')
+    if flags.loss_chunk < 0:
+      raise ConfigError(f'--loss_chunk: expected 0 or a number of entries of the vocabulary, got {flags.loss_chunk}')
     module, function = COMMANDS[flags.what]
     getattr(importlib.import_module(f'llm_jax.bench.{module}'), function)(flags)
 

@@ -9,10 +9,8 @@ import sys
 import tempfile
 import time
 
-import numpy as np
-
 from llm_jax import hardware as hardware_lib
-from llm_jax.bench import hardware, import_torch, training
+from llm_jax.bench import hardware, import_torch, token_batch, training
 from llm_jax.bench.learning import CONFIG
 from llm_jax.config import ConfigError
 
@@ -22,19 +20,19 @@ TEXT = 'The quick brown fox jumps over the lazy dog; pack my box with five dozen
 def compile_(flags) -> None:
   """Prints medians of fresh processes: ours import, trace, lower and compile a step, then train for one; twice, the
   second time with the caches of the first. The peer imports, runs a step, and one that torch.compile has compiled."""
-  import jax
   peer = ('torch eager', 'torch compiled') if flags.peer == 'torch' else ()
-  versions = f'jax {jax.__version__}' + (f', torch {import_torch().__version__}' if peer else '')
+  versions = f', torch {import_torch().__version__}' if peer else ''
   found = {}
   for _ in range(flags.rounds):
     with tempfile.TemporaryDirectory() as folder:
       for what in ('step', *peer, 'first command'):
         for start in ('empty', 'kept'):
-          run = first_command if what == 'first command' else process
-          for name, value in run(what, flags, pathlib.Path(folder), start).items():
+          where = pathlib.Path(folder)
+          run = first_command(where, start) if what == 'first command' else process(what, flags, where)
+          for name, value in run.items():
             found.setdefault((what, name), {}).setdefault(start, []).append(value)
   print(f'compile {flags.layers} x {flags.width}, {flags.batch} x {flags.length} tokens, {flags.rounds} rounds, '
-        f'medians; {hardware()}, {versions}')
+        f'medians; {hardware()}{versions}')
   print(f'{"":>46}  empty caches  kept caches')
   for (what, name), values in found.items():
     cells = [f'{statistics.median(values[start]):.2f}' if name.endswith(', s') else
@@ -42,16 +40,15 @@ def compile_(flags) -> None:
     print(f'{what:>16}  {name:>28}  {cells[0]:>12}  {cells[1]:>11}')
 
 
-def process(what: str, flags, folder: pathlib.Path, start: str) -> dict[str, float]:
+def process(what: str, flags, folder: pathlib.Path) -> dict[str, float]:
   """What `child` measured in a process of its own, which keeps its caches in a folder."""
-  names = ('layers', 'width', 'length', 'batch', 'vocab', 'remat', 'dtype', 'fp8')
-  sizes = {name: getattr(flags, name) for name in names}
-  program = f'from llm_jax.bench import compiling; compiling.child({what!r}, {sizes}, {str(folder)!r})'
+  arguments = what, training.sizes_of(flags), str(folder)
+  program = f'from llm_jax.bench import compiling; compiling.child{arguments!r}'
   out, memory = run_alone([sys.executable, '-c', program], folder)
-  return json.loads(out.splitlines()[-1]) | {'peak memory, MB': memory}
+  return json.loads(out.splitlines()[-1]) | {"host's peak memory, MB": memory}
 
 
-def first_command(what: str, flags, folder: pathlib.Path, start: str) -> dict[str, float]:
+def first_command(folder: pathlib.Path, start: str) -> dict[str, float]:
   """One step of python -m llm_jax.main on a small text, with the caches in a folder."""
   (folder / 'text').write_text(TEXT)
   command = [sys.executable, '-m', 'llm_jax.main', f'--config={CONFIG}', f'--workdir={folder / start}',
@@ -59,7 +56,7 @@ def first_command(what: str, flags, folder: pathlib.Path, start: str) -> dict[st
              '--config.train.steps=1', '--config.eval.prompts=()', '--config.log.progress=lines']
   out, memory = run_alone(command, folder)
   seconds = re.search(r'time to first loss ([0-9.]+) s', out)
-  return {'start to first loss, s': float(seconds[1]), 'peak memory, MB': memory,
+  return {'start to first loss, s': float(seconds[1]), "host's peak memory, MB": memory,
           'programs kept on disk': len(list(folder.glob('llm_jax/xla-*/*-cache')))}
 
 
@@ -82,11 +79,12 @@ def child(what: str, sizes: dict, folder: str) -> None:
   import argparse
   start = time.perf_counter()
   flags = argparse.Namespace(**sizes)
-  token_BT = np.random.default_rng(0).integers(0, flags.vocab, (flags.batch, flags.length + 1), dtype=np.int32)
+  token_BT = token_batch(flags)
   if what != 'step':
     import torch  # noqa: F401
     imported = time.perf_counter()
-    peer = training.Torch(flags, token_BT, what == 'torch compiled')
+    from llm_jax.bench import torch_peer
+    peer = torch_peer.Torch(training.model_of(flags), token_BT, what == 'torch compiled')
     print(json.dumps({'import, s': imported - start, 'first step, s': peer.compile_s}))
     return
   import jax
@@ -99,6 +97,7 @@ def child(what: str, sizes: dict, folder: str) -> None:
   ours = training.Ours(flags, token_BT)
   ready = time.perf_counter()
   ours.run(1)
-  print(json.dumps({'import, s': imported - start, 'trace and lower, s': ours.lower_s,
-                    'compile, s': ours.compile_s - ours.lower_s, 'first step, s': time.perf_counter() - ready,
+  made = ours.compiled
+  print(json.dumps({'import, s': imported - start, 'trace and lower, s': made.lower_s,
+                    'compile, s': made.seconds - made.lower_s, 'first step, s': time.perf_counter() - ready,
                     'programs from the cache': len(hits)}))

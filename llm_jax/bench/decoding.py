@@ -4,17 +4,14 @@ import os
 import pathlib
 import statistics
 import tempfile
-import time
 
-from llm_jax.bench import hardware
+from llm_jax.bench import alternate, hardware, import_torch, seconds_of
 from llm_jax.config import ConfigError
 
 
 def decode(flags) -> None:
   """Prints tokens per second of one stream and of many, of a bare sweep over the same weights (what reading them once a
   token allows), and of transformers' generate; with --text, what few bits do to a text's perplexity."""
-  import jax
-
   from llm_jax.generate import engine
   from llm_jax.generate.options import Options
   from llm_jax.interop import load
@@ -28,11 +25,10 @@ def decode(flags) -> None:
                          length=min(found.shape.max_length, 512), weights=flags.weights, cache=flags.cache)
     def run():
       requests = [engine.Request(prompt, Options(max_tokens=flags.new), salt=str(i)) for i in range(n)]
-      start = time.perf_counter()
       for request in requests:
         made.submit(request)
-      made.run()
-      return sum(len(request.tokens) for request in requests) / (time.perf_counter() - start)
+      seconds = seconds_of(made.run)
+      return sum(len(request.tokens) for request in requests) / seconds
     return made, run
 
   made, one = streams(1)
@@ -44,12 +40,9 @@ def decode(flags) -> None:
     runs |= torch_generate(found, prompt, flags.new)
   for run in runs.values():
     run(), run()
-  rates = {name: [] for name in runs}
-  for _ in range(flags.rounds):
-    for name, run in runs.items():
-      rates[name].append(run())
+  rates = alternate(runs, flags.rounds)
   print(f'decode {os.path.basename(flags.model)}, {flags.new} tokens after {len(prompt)}, '
-        f'{flags.weights or found.shape.dtype}, {flags.rounds} rounds, medians; {hardware()}, jax {jax.__version__}')
+        f'{flags.weights or found.shape.dtype}, {flags.rounds} rounds, medians; {hardware()}')
   for name, rate in rates.items():
     ratio = statistics.median(ours / this for ours, this in zip(rates['llm_jax'], rate))
     print(f'{name:>24}  {statistics.median(rate):>8.1f} tok/s  one stream/this {ratio:.2f}x')
@@ -104,21 +97,14 @@ def sweep(made, tokens: int):
       return s.astype(jnp.float32)
     return jax.lax.fori_loop(0, tokens, token, jnp.float32(1))
   compiled = jax.jit(run, compiler_options=layers.compiler_options()).lower(matrices).compile()
-
-  def rate():
-    start = time.perf_counter()
-    compiled(matrices).block_until_ready()
-    return tokens / (time.perf_counter() - start)
-  return rate
+  return lambda: tokens / seconds_of(lambda: compiled(matrices).block_until_ready())
 
 
 def torch_generate(found, prompt, tokens: int) -> dict:
   """{name: tokens per second} of transformers with the same weights, in float32 and bfloat16."""
-  try:
-    import torch
-    import transformers
-  except ImportError as e:
-    raise ConfigError("--peer=torch needs torch and transformers; pip install -e '.[parity]'") from e
+  torch = import_torch()
+  import transformers
+
   from llm_jax.interop import save
   transformers.utils.logging.set_verbosity_error()
   with tempfile.TemporaryDirectory() as folder:
@@ -128,9 +114,8 @@ def torch_generate(found, prompt, tokens: int) -> dict:
   ids = torch.tensor([prompt])
 
   def run(model):
-    start = time.perf_counter()
     with torch.no_grad():
-      out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens,
-                           do_sample=False, pad_token_id=0)
-    return (out.shape[1] - ids.shape[1]) / (time.perf_counter() - start)
+      return tokens / seconds_of(lambda: model.generate(
+          ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
+          pad_token_id=0))
   return {f'transformers, {dtype}': lambda model=model: run(model) for dtype, model in models.items()}

@@ -10,11 +10,13 @@ import time
 import numpy as np
 
 from llm_jax import config as config_lib
+from llm_jax import hardware as hardware_lib
 from llm_jax import sharding
-from llm_jax.bench import hardware, training
+from llm_jax.bench import alternate, hardware, medians, seconds_of, token_batch, training
 from llm_jax.config import ConfigError
 
 BASE = dict(layers=4, width=128, length=128, batch=8)
+ACCELERATOR = dict(layers=1, width=4, length=4, batch=1)      # times as large, there: small steps are all launches
 AXES = dict(layers=('depth', (2, 4, 8, 16, 32), 1), width=('width', (64, 128, 256, 512, 1024), 2),
             length=('context', (64, 128, 256, 512, 1024), 2), batch=('batch', (4, 8, 16, 32, 64), 1))
 NOISE = 0.15                     # of an exponent
@@ -25,15 +27,17 @@ CALLS = 50                       # of the deep model's step
 def grow(flags) -> None:
   """Prints how a step's time and memory grow with each size of a small model, the others fixed: the exponent of their
   upper half, beside what is expected at most. Then what the host spends on a step of 48 layers. --out draws it."""
-  import jax
   if flags.out and not flags.out.endswith('.svg'):
     raise ConfigError(f'--out: expected a file whose name ends in .svg, got {flags.out}')
+  times = ACCELERATOR if hardware_lib.accelerated() else dict.fromkeys(ACCELERATOR, 1)
+  base = {name: size * times[name] for name, size in BASE.items()}
+  axes = {axis: (name, [times[axis] * value for value in values], most) for axis, (name, values, most) in AXES.items()}
   milliseconds, megabytes = {}, {}
-  for axis, (_, values, _) in AXES.items():
-    milliseconds[axis], megabytes[axis] = measure(axis, values, flags)
-  print(f'grow {BASE["layers"]} x {BASE["width"]}, {BASE["batch"]} x {BASE["length"]} tokens, {flags.rounds} rounds, '
-        f'medians; {hardware()}, jax {jax.__version__}')
-  for axis, (name, values, most) in AXES.items():
+  for axis, (_, values, _) in axes.items():
+    milliseconds[axis], megabytes[axis] = measure(base, axis, values, flags)
+  print(f'grow {base["layers"]} x {base["width"]}, {base["batch"]} x {base["length"]} tokens, {flags.rounds} rounds, '
+        f'medians; {hardware()}')
+  for axis, (name, values, most) in axes.items():
     for what, found, form in (('ms', milliseconds, ',.1f'), ('MB', megabytes, ',.0f')):
       power = exponent(values, found[axis])
       verdict = f'MORE than expected: look at {name}' if power > most + NOISE else 'as expected'
@@ -43,26 +47,21 @@ def grow(flags) -> None:
   print(f'host, {DEEP["layers"]} layers of {DEEP["width"]}: {dispatch:.2f} ms a step in the call of the compiled step '
         f'(aim: under 1), {batch:.2f} ms in putting its batch on the devices')
   if flags.out:
-    pathlib.Path(flags.out).write_text(drawing(milliseconds, megabytes))
+    pathlib.Path(flags.out).write_text(drawing(axes, milliseconds, megabytes))
 
 
-def measure(axis: str, values, flags) -> tuple[list[float], list[float]]:
+def measure(base: dict, axis: str, values, flags) -> tuple[list[float], list[float]]:
   """(milliseconds of a step, MB of its arguments and temporaries by XLA's account) at each value of an axis."""
-  runs = []
+  runs = {}
+  remat = 'none' if flags.remat == 'auto' else flags.remat      # one for all values
   for value in values:
-    sizes = argparse.Namespace(**(BASE | {axis: value}), dtype=flags.dtype, vocab=flags.vocab, fp8=False,
-                               remat='none' if flags.remat == 'auto' else flags.remat)    # one for all values
-    token_BT = np.random.default_rng(0).integers(0, flags.vocab, (sizes.batch, sizes.length + 1), dtype=np.int32)
-    runs.append(training.Ours(sizes, token_BT))
-    runs[-1].run(1)
-  seconds = [[] for _ in runs]
-  for _ in range(flags.rounds):
-    for run, times in zip(runs, seconds):
-      start = time.perf_counter()
-      run.run(flags.steps)
-      times.append((time.perf_counter() - start) / flags.steps)
-  memory = [run.step.memory_analysis() for run in runs]
-  return ([1e3 * statistics.median(times) for times in seconds],
+    sizes = argparse.Namespace(**(training.sizes_of(flags) | base | {axis: value, 'remat': remat}))
+    runs[value] = training.Ours(sizes, token_batch(sizes))
+    runs[value].run(1)
+  times = {value: lambda run=run: 1e3 * seconds_of(lambda: run.run(flags.steps)) / flags.steps
+           for value, run in runs.items()}
+  memory = [run.step.memory_analysis() for run in runs.values()]
+  return (list(medians(alternate(times, flags.rounds)).values()),
           [(m.argument_size_in_bytes + m.temp_size_in_bytes) / 1e6 for m in memory])
 
 
@@ -103,13 +102,13 @@ def host_overhead() -> tuple[float, float]:
   return 1e3 * statistics.median(calls), 1e3 * statistics.median(puts)
 
 
-def drawing(milliseconds: dict, megabytes: dict) -> str:
+def drawing(sizes: dict, milliseconds: dict, megabytes: dict) -> str:
   """An SVG: time and memory against each axis, with the slope that is expected at most."""
   from matplotlib.figure import Figure
   figure = Figure(figsize=(11, 5), layout='constrained')
   for i, (unit, found) in enumerate((('ms', milliseconds), ('MB', megabytes))):
-    for j, (axis, (name, values, most)) in enumerate(AXES.items()):
-      axes = figure.add_subplot(2, len(AXES), 1 + i * len(AXES) + j)
+    for j, (axis, (name, values, most)) in enumerate(sizes.items()):
+      axes = figure.add_subplot(2, len(sizes), 1 + i * len(sizes) + j)
       top = found[axis][-1]
       axes.plot(values, [top * (value / values[-1]) ** most for value in values], '--', color='#b0b6bf', linewidth=1,
                 label=f'power {most}')

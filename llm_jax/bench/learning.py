@@ -5,7 +5,7 @@ import tempfile
 import time
 
 from llm_jax import config as config_lib
-from llm_jax.bench import hardware, import_torch, training
+from llm_jax.bench import hardware, import_torch
 from llm_jax.config import ConfigError
 
 CONFIG = 'configs/shakespeare_char.py'
@@ -14,20 +14,19 @@ CONFIG = 'configs/shakespeare_char.py'
 def learn(flags) -> None:
   """Prints the loss of the whole held-out text after the last step, and the time of all steps, for as many seeds as
   there are rounds: of each recipe, and of the peer."""
-  import jax
   if not flags.text:
     raise ConfigError('--text: expected a file, such as tiny Shakespeare; its last tenth is held out')
   cfg = lambda recipe, seed: config_of(recipe, flags.text, seed, flags.learn_steps)
   recipes = flags.recipe.split(',')
   runs = {recipe: lambda seed, recipe=recipe: ours(cfg(recipe, seed)) for recipe in recipes}
   if flags.peer == 'torch':
-    runs['nanoGPT, torch'] = lambda seed: peer(cfg(recipes[0], seed))
+    runs['nanoGPT, torch'] = lambda seed: peer(cfg(recipes[0], seed), flags.compiled)
   found = {name: [] for name in runs}
   for seed in range(flags.rounds):
     for name, run in runs.items():
       found[name].append(run(seed))
       print(f'seed {seed}  {name:>16}  loss {found[name][-1][0]:.4f}  {found[name][-1][1]:.1f} s', flush=True)
-  print(f'learn {os.path.basename(flags.text)}, {flags.rounds} seeds; {hardware()}, jax {jax.__version__}')
+  print(f'learn {os.path.basename(flags.text)}, {flags.rounds} seeds; {hardware()}')
   for name, pairs in found.items():
     losses, seconds = zip(*pairs)
     print(f'{name:>24}  loss {statistics.mean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f})  '
@@ -55,13 +54,15 @@ def ours(cfg: config_lib.Config) -> tuple[float, float]:
   return figures['validation loss'], parts['step'] + parts['input']
 
 
-def peer(cfg: config_lib.Config) -> tuple[float, float]:
+def peer(cfg: config_lib.Config, compiled: bool) -> tuple[float, float]:
   """nanoGPT's way with the same sizes, steps and tokens: AdamW, 1e-3 to 1e-4 by a cosine after 100 steps, weights drawn
   with a deviation of 0.02, random windows (github.com/karpathy/nanoGPT)."""
   import math
   import pathlib
 
   import numpy as np
+
+  from llm_jax.bench import torch_peer
   torch = import_torch()
   text = pathlib.Path(cfg.data.path).read_text()
   alphabet, ids = np.unique(np.frombuffer(text.encode('utf-32-le'), np.uint32), return_inverse=True)
@@ -70,28 +71,22 @@ def peer(cfg: config_lib.Config) -> tuple[float, float]:
   rng = np.random.default_rng(cfg.train.seed)
   shape = config_lib.derive(config_lib.Model(vocab_size=len(alphabet), layers=cfg.model.layers, width=cfg.model.width,
                                              heads=cfg.model.heads, max_length=T, dropout=cfg.model.dropout))
-  model = training.torch_gpt(torch, shape)
+  model = torch_peer.gpt(shape)
   for name, p in model.named_parameters():
     into_stream = name.endswith(('out.weight', 'down.weight'))
     if p.ndim == 2:
       torch.nn.init.normal_(p, std=0.02 * ((2 * shape.layers) ** -0.5 if into_stream else 1))
-  decayed = [p for p in model.parameters() if p.ndim > 1]
-  rest = [p for p in model.parameters() if p.ndim <= 1]
-  optimizer = torch.optim.AdamW([dict(params=decayed, weight_decay=0.1), dict(params=rest, weight_decay=0.0)], lr=1e-3,
-                                betas=(0.9, 0.99))
-  loss_of = lambda rows: torch.nn.functional.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+  groups = lambda model: [dict(params=[p for p in model.parameters() if (p.ndim > 1) == decayed],
+                               weight_decay=0.1 * decayed) for decayed in (True, False)]
+  step = torch_peer.Step(model, groups, cfg.model.dtype, compiled)
   window = np.arange(T + 1)[None]
   start = time.perf_counter()
-  for step in range(cfg.train.steps):
-    share = max(step - 100, 0) / max(cfg.train.steps - 100, 1)
-    for group in optimizer.param_groups:
-      group['lr'] = 1e-3 * (step + 1) / 101 if step < 100 else 1e-4 + 9e-4 * 0.5 * (1 + math.cos(math.pi * share))
-    rows = ids[rng.integers(0, cut - T - 1, B)[:, None] + window]
-    loss = loss_of(torch.from_numpy(rows))
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
+  for i in range(cfg.train.steps):
+    share = max(i - 100, 0) / max(cfg.train.steps - 100, 1)
+    for group in step.optimizer.param_groups:
+      group['lr'] = 1e-3 * (i + 1) / 101 if i < 100 else 1e-4 + 9e-4 * 0.5 * (1 + math.cos(math.pi * share))
+    loss = step.update(torch.from_numpy(ids[rng.integers(0, cut - T - 1, B)[:, None] + window]))
+  loss.item()                                  # which waits for the device
   seconds = time.perf_counter() - start
   model.eval()
   held = ids[cut:]
@@ -102,5 +97,5 @@ def peer(cfg: config_lib.Config) -> tuple[float, float]:
       n = (len(part) - 1) // T
       if n:
         rows = np.stack([part[i * T:i * T + T + 1] for i in range(n)])
-        total, count = total + float(loss_of(torch.from_numpy(rows))) * n * T, count + n * T
+        total, count = total + float(step.loss(torch.from_numpy(rows))) * n * T, count + n * T
   return total / count, seconds

@@ -1,15 +1,13 @@
 """bench load: how fast data arrives, beside what training consumes."""
 import itertools
 import pathlib
-import statistics
 import tempfile
-import time
 
 import numpy as np
 
 from llm_jax import config as config_lib
 from llm_jax import sharding
-from llm_jax.bench import hardware, import_torch, training
+from llm_jax.bench import alternate, hardware, import_torch, medians, seconds_of, token_batch, training
 from llm_jax.config import ConfigError
 from llm_jax.data import batches, sources, store
 from llm_jax.data import tokenizer as tokenizer_lib
@@ -32,11 +30,10 @@ def load(flags) -> None:
   if flags.peer == 'torch':
     import_torch()
     encode['tokenizers, byte-level BPE'] = hugging_face(pieces)
-  megabytes = medians({name: lambda run=run: size / seconds_of(lambda: run(pieces)) for name, run in encode.items()},
-                      flags.rounds)
+  encoding = {name: lambda run=run: size / seconds_of(lambda: run(pieces)) for name, run in encode.items()}
+  megabytes = medians(alternate(encoding, flags.rounds))
 
-  ours = training.Ours(flags, np.random.default_rng(0).integers(0, flags.vocab, (flags.batch, flags.length + 1),
-                                                                dtype=np.int32))
+  ours = training.Ours(flags, token_batch(flags))
   ours.run(1)
   step = {'step': lambda: flags.steps * flags.batch * flags.length / seconds_of(lambda: ours.run(flags.steps))}
   mesh = sharding.make_mesh(config_lib.Mesh())
@@ -52,10 +49,10 @@ def load(flags) -> None:
     if flags.peer == 'torch':
       tokens = np.memmap(found.train[0].folder / 'train.tokens', np.uint16, 'r')
       assembly |= {f'nanoGPT, torch, {B} x {T}': lambda B=B, T=T: windows(tokens, B, T) for B, T in SIZES}
-    rates = medians(step | assembly, flags.rounds)
+    rates = medians(alternate(step | assembly, flags.rounds))
   consumed = rates.pop('step')
 
-  print(f'load {size:.1f} MB, {flags.rounds} rounds, medians; {hardware()}, jax {jax.__version__}')
+  print(f'load {size:.1f} MB, {flags.rounds} rounds, medians; {hardware()}')
   for name, rate in megabytes.items():
     print(f'{name:>28}  {rate:>8.1f} MB/s tokenised')
   print(f'{"training consumes":>28}  {consumed / 1e6:>8.4f} M tok/s ({flags.layers} x {flags.width}, {flags.batch} x '
@@ -110,15 +107,3 @@ def hugging_face(pieces: list[str]):
   made.train_from_iterator(pieces, tokenizers.trainers.BpeTrainer(
       vocab_size=VOCAB, show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
   return lambda texts: [np.array(found.ids, np.int32) for found in made.encode_batch(texts)]
-
-
-def seconds_of(run) -> float:
-  start = time.perf_counter()
-  run()
-  return time.perf_counter() - start
-
-
-def medians(runs: dict, rounds: int) -> dict[str, float]:
-  """The median of what each run returns, over rounds in which they alternate."""
-  found = [{name: run() for name, run in runs.items()} for _ in range(rounds)]
-  return {name: statistics.median(row[name] for row in found) for name in runs}

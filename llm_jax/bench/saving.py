@@ -42,7 +42,7 @@ def save(flags) -> None:
         whole['orbax'].append(time.perf_counter() - start)
         shutil.rmtree(pathlib.Path(folder) / f'{i}')
     alone.close()
-    print(f'save {size:.0f} MB, {flags.rounds} rounds, medians; {hardware()}, jax {jax.__version__}')
+    print(f'save {size:.0f} MB, {flags.rounds} rounds, medians; {hardware()}')
     for what, seconds in (('holds the caller', held), ('is complete after', whole)):
       ours_s, theirs_s = seconds['llm_jax'][1:], seconds['orbax'][1:]
       ratio = statistics.median(a / b for a, b in zip(ours_s, theirs_s))

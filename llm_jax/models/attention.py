@@ -217,14 +217,18 @@ def choose(cfg: config_lib.Model, platform: str, dtype: str, length: int, packed
 
 
 # Patterns of a program's text. A Triton call is __gpu$xla.gpu.triton or triton_kernel_call, by the version of jax.
-MARKS = dict(cudnn=(r'__cudnn\$fmha',), triton=(r'xla\.gpu\.triton|triton_kernel_call',),
+MARKS = dict(cudnn=(r'__cudnn\$fmhaSoftmax\b', r'__cudnn\$fmhaSoftmaxBackward'),
+             triton=(r'xla\.gpu\.triton|triton_kernel_call',),
              splash=('splash', 'tpu_custom_call'), ring=('collective-permute',))
 
 
-def verify(kernel: str, text: str) -> None:
-  """Raises RuntimeError where a compiled program (its HLO text) does not hold the kernel that the banner names: it
-  would train all the same, at half the speed."""
-  missing = [mark for mark in MARKS.get(kernel, ()) if not re.search(mark, text)]
+def verify(kernel: str, step) -> None:
+  """Raises RuntimeError where a compiled train step (or any program's text) does not hold the kernel that the banner
+  names, forward and backward: it would train all the same, at half the speed."""
+  if kernel not in MARKS:
+    return
+  text = step if isinstance(step, str) else step.as_text()
+  missing = [mark for mark in MARKS[kernel] if not re.search(mark, text)]
   if missing:
     raise RuntimeError(f'the compiled step has no {" or ".join(missing)}, so attention does not run by {kernel!r}; '
                        "--config.model.kernel=xla trains without it; please report the versions of jax and jaxlib")
@@ -279,25 +283,29 @@ class Attention(nnx.Module):
     """Attention of queries over keys and values -> [B, T, D]. tap(name, array) receives the weights."""
     cfg = self.cfg
     scale = cfg.attention_scale or cfg.head_dim**-0.5
-    common = dict(window=self.window, scale=scale)
-    if kernel == 'cudnn':
-      o_BTNH = attend_cudnn(q_BTNH, k_BSKH, v_BSKH, view, **common)
-    elif kernel == 'triton':
-      o_BTNH = attend_triton(q_BTNH, k_BSKH, v_BSKH, view, scale=scale)
-    elif kernel == 'splash':
-      o_BTNH = attend_splash(q_BTNH, k_BSKH, v_BSKH, view, softcap=cfg.attention_softcap, **common)
-    else:
-      slopes_N = layers.alibi_slopes(cfg.heads) if cfg.positions == 'alibi' else None
-      options = dict(common, softcap=cfg.attention_softcap, slopes_N=slopes_N)
-      if kernel == 'ring':
-        o_BTNH = ring.attend_ring(q_BTNH, k_BSKH, v_BSKH, view, **options)
-      elif tap is None:
-        o_BTNH = attend_causal(q_BTNH, k_BSKH, v_BSKH, view, **options)
-      else:
-        o_BTNH, weight_BNTS = attend_xla(q_BTNH, k_BSKH, v_BSKH, view, **options)
-        tap('attention_weights', weight_BNTS)
+    with jax.named_scope('attend'):
+      o_BTNH = self.attend(q_BTNH, k_BSKH, v_BSKH, view, kernel, scale, tap)
     y_BTD, = layers.project('BTNH,NHD->BTD', cfg.fp8, shard(o_BTNH, 'BTNH'), self.w_o_NHD[...])
     return layers.add_bias(y_BTD, self.b_o_D) if cfg.attention_out_bias else y_BTD
+
+  def attend(self, q_BTNH, k_BSKH, v_BSKH, view: View, kernel: str, scale: float, tap):
+    """o_BTNH by a kernel."""
+    cfg, common = self.cfg, dict(window=self.window, scale=scale)
+    if kernel == 'cudnn':
+      return attend_cudnn(q_BTNH, k_BSKH, v_BSKH, view, **common)
+    if kernel == 'triton':
+      return attend_triton(q_BTNH, k_BSKH, v_BSKH, view, scale=scale)
+    if kernel == 'splash':
+      return attend_splash(q_BTNH, k_BSKH, v_BSKH, view, softcap=cfg.attention_softcap, **common)
+    slopes_N = layers.alibi_slopes(cfg.heads) if cfg.positions == 'alibi' else None
+    options = dict(common, softcap=cfg.attention_softcap, slopes_N=slopes_N)
+    if kernel == 'ring':
+      return ring.attend_ring(q_BTNH, k_BSKH, v_BSKH, view, **options)
+    if tap is None:
+      return attend_causal(q_BTNH, k_BSKH, v_BSKH, view, **options)
+    o_BTNH, weight_BNTS = attend_xla(q_BTNH, k_BSKH, v_BSKH, view, **options)
+    tap('attention_weights', weight_BNTS)
+    return o_BTNH
 
 
 def compute_dtype(dtype: str) -> str:

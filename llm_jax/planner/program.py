@@ -5,7 +5,6 @@ partitioned over as many virtual devices, unless the GPUs are here.
 """
 import contextlib
 import dataclasses
-import functools
 import math
 import os
 import re
@@ -22,7 +21,6 @@ from llm_jax.config import ConfigError
 from llm_jax.hardware import Topology
 from llm_jax.models import attention, layers, transformer
 from llm_jax.train import metrics
-from llm_jax.train import optimizer as optimizer_lib
 from llm_jax.train import remat as remat_lib
 from llm_jax.train import step as step_lib
 
@@ -194,7 +192,7 @@ def compile_step(cfg: config_lib.Config, machine: Machine, full: bool = False) -
   kernel, _ = attention.choose(model, compiled_for, model.dtype, cfg.data.length, cfg.data.packing == 'pack',
                                mesh.shape['context'])
   microbatches = step_lib.microbatches(cfg, sharding.axis_size(mesh, sharding.ACT['B']), platform)
-  state, shardings, tx = abstract_state(cfg, model, mesh)
+  state, shardings, tx = step_lib.abstract_state(cfg, model, mesh)
   step = step_lib.make_train_step(cfg, model, tx, kernel, microbatches)
   with jax.set_mesh(mesh):
     traced = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).trace(state, abstract_batch(cfg, mesh))
@@ -244,15 +242,6 @@ def model_of(cfg: config_lib.Config, platform: str) -> config_lib.Model:
   model = config_lib.derive(cfg.model, size, cfg.data.length)
   auto = 'float32' if platform == 'cpu' else 'bfloat16'
   return dataclasses.replace(model, dtype=auto if model.dtype == 'auto' else model.dtype)
-
-
-def abstract_state(cfg, model, mesh):
-  """(state as ShapeDtypeStructs with shardings, shardings, optimizer); mesh: a Mesh or an AbstractMesh."""
-  key = jax.random.key(0)
-  tx = optimizer_lib.make(cfg.optimizer, jax.eval_shape(functools.partial(transformer.init, model), key))
-  state = jax.eval_shape(lambda key: step_lib.init_state(cfg, model, tx, key), key)
-  shardings = step_lib.state_shardings(state, tx, mesh)
-  return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings), shardings, tx
 
 
 def abstract_batch(cfg, mesh):

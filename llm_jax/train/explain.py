@@ -14,40 +14,48 @@ from llm_jax import hardware, hlo
 from llm_jax.train import metrics
 
 PARTS = ('matmul', 'attention', 'norm/elementwise', 'loss', 'optimizer', 'communication', 'input', 'idle')
+SCOPES = dict(optimizer='optimizer', loss='loss|logits', attention='attend')     # of jax.named_scope, by part
 CONTAINERS = ('while', 'call', 'conditional', 'async-start', 'async-done')     # their operations are in the profile too
 NAME = 'step_time.json'
 
 
+def start(folder) -> None:
+  """Traces devices and XLA, not Python: tracing Python crashes the process where another thread ends meanwhile, as
+  those that write a checkpoint do."""
+  options = jax.profiler.ProfileOptions()
+  options.python_tracer_level = 0
+  jax.profiler.start_trace(str(folder), profiler_options=options)
+
+
 def parts_of(text: str, flops: float, bandwidth: float) -> dict[str, tuple[str, float]]:
-  """{name of an operation: (part, seconds that it needs at least)} of a compiled program's text. flops: FLOP/s of the
-  device; bandwidth: bytes/s of its memory, 0: not known."""
+  """{name of an operation: (part, seconds that a step needs for it at least)} of a compiled program's text. flops:
+  FLOP/s of the device, twice as many in float8; bandwidth: bytes/s of its memory, 0: not known."""
   program, out = hlo.Program(text, {}), {}
-  for computation in program.computations.values():
-    for op in computation.ops.values():
-      if op.opcode in CONTAINERS or op.opcode.removesuffix('-start').removesuffix('-done') in hlo.KINDS:
-        cost = collections.Counter()
-      else:
-        cost = program.cost(computation, op, {}, False)
-      needs = max(cost['flops', ''] / flops, cost['bytes', ''] / bandwidth if bandwidth else 0.0)
-      out[op.name] = _part(program, op, cost['flops', '']), needs
+  for computation, op, times in program.executed():
+    cost = collections.Counter()
+    if op.opcode not in CONTAINERS and not _communicates(op):
+      cost = program.cost(computation, op, {}, False)
+    computing = (cost['flops', ''] - cost['flops8', ''] / 2) / flops
+    needs = max(computing, cost['bytes', ''] / bandwidth if bandwidth else 0.0)
+    out[op.name] = _part(program, op, cost['flops', '']), times * needs
   return out
 
 
+def _communicates(op: hlo.Op) -> bool:
+  return op.opcode.removesuffix('-start').removesuffix('-done') in hlo.KINDS
+
+
 def _part(program: hlo.Program, op: hlo.Op, flops: float) -> str:
-  scope = re.search(r'op_name="([^"]*)"', op.config)
-  scope = scope[1] if scope else ''
   inside = [op] if op.opcode != 'fusion' else list(program.computations[op.attr('calls')].ops.values())
-  if any(o.opcode.removesuffix('-start').removesuffix('-done') in hlo.KINDS for o in inside):
+  if any(map(_communicates, inside)):
     return 'communication'
-  if '/optimizer/' in scope:
-    return 'optimizer'
-  if '/loss/' in scope or '/logits/' in scope:
-    return 'loss'
-  kernel = op.opcode == 'custom-call' and re.search('fmha|splash|triton', op.attrs + op.config)
-  batched = any(o.opcode == 'dot' and hlo.ints(o.attr('lhs_batch_dims', r'\{([\d,]*)\}')) for o in inside)
-  if flops and not kernel and not batched:
-    return 'matmul'
-  return 'attention' if kernel or batched or 'attention' in scope else 'norm/elementwise'
+  scope = re.search(r'op_name="([^"]*)"', op.config)
+  for part, names in SCOPES.items():
+    if scope and re.search(rf'[/(]({names})[/)]', scope[1]):
+      return part
+  if re.search('fmha|splash', op.target + op.config):
+    return 'attention'
+  return 'matmul' if flops else 'norm/elementwise'
 
 
 def read(folder, text: str, steps: int, seconds: float, input_seconds: float, flops: float,
@@ -56,20 +64,22 @@ def read(folder, text: str, steps: int, seconds: float, input_seconds: float, fl
   `folder` over so many steps.
 
   text: of the compiled step; seconds: wall time of a step; input_seconds: of it, waiting for data. Where operations ran
-  beside each other their time is shared; idle is what no operation covers. Raises ValueError where the profile holds
-  none of the program's operations.
+  beside each other, on one device or on several, their time is shared; idle is what no operation covers, and
+  what other programs took, such as an evaluation. Raises ValueError where the profile holds none of the operations.
   """
-  parts = parts_of(text, flops, bandwidth)
+  parts, module = parts_of(text, flops, bandwidth), re.match(r'HloModule ([\w.-]+)', text)
   files = sorted(pathlib.Path(folder).rglob('*.xplane.pb'))
-  edges, needed = [], collections.Counter()
+  edges, seen = [], set()
   for plane in jax.profiler.ProfileData.from_file(str(files[-1])).planes if files else ():
     for line in plane.lines:
       for event in line.events:
-        name = dict(event.stats).get('hlo_op', event.name if line.name == 'XLA Ops' else None)
+        stats = dict(event.stats)
+        name = stats.get('hlo_op', event.name if line.name == 'XLA Ops' else None)
         op = str(name).split(' = ')[0].lstrip('%')
-        if op in parts and event.duration_ns and not op.startswith(CONTAINERS):
+        ours = not module or str(stats.get('hlo_module', module[1])).split('(')[0] == module[1]
+        if ours and op in parts and event.duration_ns and not op.startswith(CONTAINERS):
           edges += [(event.start_ns, 1, parts[op][0]), (event.start_ns + event.duration_ns, -1, parts[op][0])]
-          needed[parts[op][0]] += parts[op][1] / steps
+          seen.add(op)
   if not edges:
     raise ValueError(f'{folder}: no operation of the step is in the profile; profile at least one whole step')
   busy, running, since = collections.Counter(), collections.Counter(), 0.0
@@ -78,7 +88,7 @@ def read(folder, text: str, steps: int, seconds: float, input_seconds: float, fl
       busy[which] += (at - since) * n / running.total() / 1e9 / steps if n else 0.0
     running[part] += change
     since = at
-  out = {part: (busy[part], needed[part]) for part in PARTS}
+  out = {part: (busy[part], sum(parts[op][1] for op in seen if parts[op][0] == part)) for part in PARTS}
   out['input'] = input_seconds, 0.0
   out['idle'] = max(0.0, seconds - sum(busy.values()) - input_seconds), 0.0
   return out
@@ -103,13 +113,13 @@ def limits() -> tuple[float, float]:
 
 
 def load(workdir) -> dict[str, tuple[float, float]] | None:
-  """What `write` left; None where nothing was profiled."""
+  """What `keep` left; None where nothing was profiled."""
   path = pathlib.Path(workdir) / NAME
   return json.loads(path.read_text()) if path.exists() else None
 
 
 def rows(explained: dict[str, tuple[float, float]]) -> list[tuple[str, str, str, str]]:
-  """(part, milliseconds, share, milliseconds at the roofline) for a table; parts without time are left out."""
+  """(part, milliseconds, share, milliseconds at the roofline) for a table."""
   total = max(sum(seconds for seconds, _ in explained.values()), 1e-12)
   return [(part, f'{1e3 * seconds:.2f} ms', f'{seconds / total:.1%}', f'{1e3 * least:.2f} ms' if least else '')
-          for part, (seconds, least) in explained.items() if seconds]
+          for part, (seconds, least) in explained.items()]

@@ -25,8 +25,6 @@ from llm_jax.models import attention, fp8, layers, pipeline, transformer
 from llm_jax.train import clock as clock_lib
 from llm_jax.train import explain, report
 from llm_jax.train import metrics as metrics_lib
-from llm_jax.train import optimizer as optimizer_lib
-from llm_jax.train import remat as remat_lib
 from llm_jax.train import resume as resume_lib
 from llm_jax.train import step as step_lib
 from llm_jax.train.budget import UNKNOWN, Budget
@@ -59,14 +57,6 @@ def train(cfg: config_lib.Config, workdir: str, started: float | None = None, ow
 
 def eval_rows(cfg: config_lib.Config) -> int:
   return cfg.eval.batch_size or cfg.train.batch_size
-
-
-def start_profile(folder) -> None:
-  """Traces devices and XLA, not Python: tracing Python crashes the process where another thread ends meanwhile, as
-  those that write a checkpoint do."""
-  options = jax.profiler.ProfileOptions()
-  options.python_tracer_level = 0
-  jax.profiler.start_trace(str(folder), profiler_options=options)
 
 
 def one_at_a_time(result):
@@ -127,23 +117,18 @@ class Run:
         self.mesh.shape['context'])
 
     self.microbatches = step_lib.microbatches(cfg, sharding.axis_size(self.mesh, sharding.ACT['B']))
-    key = jax.random.key(cfg.train.seed)
-    abstract_params = jax.eval_shape(lambda: transformer.init(self.model, key))
-    self.tx = optimizer_lib.make(cfg.optimizer, abstract_params)
-    init = lambda key: step_lib.init_state(cfg, self.model, self.tx, key)
-    abstract = jax.eval_shape(init, key)
-    self.shardings = step_lib.state_shardings(abstract, self.tx, self.mesh)
-    self.abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract,
-                                 self.shardings)
-    self.open_checkpoints(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)))
-    self.banner(abstract_params)
+    self.abstract, self.shardings, self.tx = step_lib.abstract_state(cfg, self.model, self.mesh)
+    self.open_checkpoints(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.abstract)))
+    self.banner(self.abstract['params'])
     if self.found:
       self.resume()
     else:
       with self.clock('compile'):
         # Drawing random numbers runs once but takes XLA's CPU compiler longer than the whole step (10 s or 2 s).
         options = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
-        self.state = jax.jit(init, out_shardings=self.shardings, compiler_options=options)(key)
+        init = jax.jit(lambda key: step_lib.init_state(cfg, self.model, self.tx, key), out_shardings=self.shardings,
+                       compiler_options=options)
+        self.state = init(jax.random.key(cfg.train.seed))
       if cfg.init_from:
         self.start_from(self.source)
     self.first_step = int(self.state['step'])
@@ -233,21 +218,13 @@ class Run:
   def compile(self) -> None:
     """Compiles the train step ahead of time: the loop can then never compile again, it would raise instead."""
     cfg = self.cfg
-
-    def compiled(remat):
-      model = dataclasses.replace(self.model, remat=remat)
-      step = step_lib.make_train_step(cfg, model, self.tx, self.kernel, self.microbatches)
-      return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None),
-                     compiler_options=layers.compiler_options()).lower(self.abstract, batch).compile()
-
     with self.clock('compile'):
       batch = sharding.put_batch(self.batches(self.first_step, self.rows()), self.mesh)
-      self.train_step, remat, why = remat_lib.lightest(compiled, self.model.remat)
+      self.train_step, remat, why, *_ = step_lib.compile_train_step(
+          cfg, self.model, self.tx, self.kernel, self.microbatches, self.abstract, batch, self.shardings)
     self.model = dataclasses.replace(self.model, remat=remat, fp8=False)     # evaluated as it will be used
     if jax.process_index() == 0:
       print(f'   remat  {remat} ({why})', flush=True)
-    if self.kernel in attention.MARKS:
-      attention.verify(self.kernel, self.train_step.as_text())
     self.eval_step = jax.jit(step_lib.make_eval_step(cfg, self.model, self.kernel),
                              compiler_options=layers.compiler_options())
 
@@ -299,7 +276,7 @@ class Run:
     pending = None
     while step < budget.horizon and not self.error and not self.stop.reached(step):
       if step in profiled and not self.profiling:
-        start_profile(self.workdir / 'profile')
+        explain.start(self.workdir / 'profile')
         self.profiling, self.profile_from = True, (step, time.perf_counter(), self.clock.parts()['input'])
       with self.clock('input'):
         try:

@@ -5,17 +5,22 @@ microbatches and divided by the tokens of the whole batch, so accumulation equal
 gradients are not finite, that has no tokens, or whose loss is a spike, leaves everything but its counter bit-identical
 and reports step/skipped.
 """
+import dataclasses
+import time
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
 from llm_jax import config as config_lib
-from llm_jax import sharding
+from llm_jax import hlo, sharding
 from llm_jax.config import ConfigError
-from llm_jax.models import moe, pipeline, transformer
+from llm_jax.models import attention, layers, moe, pipeline, transformer
 from llm_jax.train import loss as loss_lib
 from llm_jax.train import optimizer as optimizer_lib
+from llm_jax.train import remat as remat_lib
 
 INPUTS = ('position_BT', 'segment_BT', 'prefix_BT', 'source_BS', 'source_segment_BS')
 MICRO_TOKENS = 1024
@@ -48,6 +53,15 @@ def check_rows(cfg: config_lib.Config, mesh) -> None:
     if rows % (times * ways):
       raise ConfigError(f'config.{key}: {rows} rows do not divide among {times * ways} (data x fsdp x expert devices'
                         f'{" x microbatches" if times > 1 else ""}); set it to a multiple of {times * ways}')
+
+
+def abstract_state(cfg: config_lib.Config, model: config_lib.Model, mesh):
+  """(state as ShapeDtypeStructs with shardings, shardings, optimizer); mesh: a Mesh or an AbstractMesh."""
+  key = jax.random.key(0)
+  tx = optimizer_lib.make(cfg.optimizer, jax.eval_shape(lambda key: transformer.init(model, key), key))
+  state = jax.eval_shape(lambda key: init_state(cfg, model, tx, key), key)
+  shardings = state_shardings(state, tx, mesh)
+  return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings), shardings, tx
 
 
 def state_shardings(state, tx, mesh):
@@ -194,6 +208,39 @@ def make_train_step(cfg: config_lib.Config, model: config_lib.Model, tx: optax.G
     return dict(step=state['step'] + 1, horizon=state['horizon'], **new), metrics
 
   return train_step
+
+
+class Compiled(NamedTuple):
+  """A train step as it runs: the remat in use and why, seconds of tracing and lowering, and of all its making."""
+  step: jax.stages.Compiled
+  remat: str
+  why: str
+  lower_s: float
+  seconds: float
+
+
+def compile_train_step(cfg: config_lib.Config, model: config_lib.Model, tx, kernel: str, accumulate: int, state, batch,
+                       shardings=None) -> Compiled:
+  """Compiles the train step for arrays or shapes like `state` and `batch`, keeping the most for the backward pass that
+  fits (remat.lightest). shardings: of the state that it returns. Raises RuntimeError where the program does not hold
+  what the banner says: this kernel, products in float8."""
+  def compiled(remat):
+    start = time.perf_counter()
+    step = make_train_step(cfg, dataclasses.replace(model, remat=remat), tx, kernel, accumulate)
+    lowered = jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None),
+                      compiler_options=layers.compiler_options()).lower(state, batch)
+    spent.append(time.perf_counter() - start)
+    step = lowered.compile()
+    spent.append(time.perf_counter() - start)
+    return step
+
+  spent = []
+  step, remat, why = remat_lib.lightest(compiled, model.remat)
+  attention.verify(kernel, step)
+  if model.fp8 and jax.default_backend() == 'gpu' and not hlo.products_in_float8(step.as_text()):
+    raise RuntimeError('the compiled step has no product in float8, though model.fp8 is on; --config.model.fp8=False '
+                       'trains without; please report the versions of jax and jaxlib')
+  return Compiled(step, remat, why, *spent[-2:])
 
 
 def move_biases(params, loads, rate: float):
