@@ -155,11 +155,7 @@ def read(path: str) -> list[dict]:
 
 
 def main(args: list[str]) -> None:
-  with config_lib.one_line_errors('--debug' in args):
-    try:
-      run(parse(args))
-    except BrokenPipeError:                  # the reader left, as `head` does
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  config_lib.command(args, parse, run)
 
 
 def run(flags) -> None:

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import importlib.util
 import math
+import os
 import pathlib
 import sys
 import traceback
@@ -523,6 +524,16 @@ def one_line_errors(debug: bool = False):
     text = str(e) if isinstance(e, ConfigError) else f'{e.filename or "file"}: {e.strerror or e}'
     print('error: ' + ' '.join(text.split()) + ('' if debug else '  (--debug shows where)'), file=sys.stderr)
     raise SystemExit(2) from None
+
+
+def command(args: list[str], parse, run) -> None:
+  """main() of a command that writes to stdout: run(parse(args)), which ends where the reader leaves, as `head` does."""
+  with one_line_errors('--debug' in args):
+    try:
+      run(parse(args))
+      sys.stdout.flush()
+    except BrokenPipeError:
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Parser(argparse.ArgumentParser):

@@ -2,7 +2,6 @@
 
 Prompts and texts go to stdout, everything else to stderr.
 """
-import os
 import sys
 
 from llm_jax import config as config_lib
@@ -43,11 +42,7 @@ def read_prompt(prompt: str) -> str:
 
 
 def main(args: list[str]) -> None:
-  with config_lib.one_line_errors('--debug' in args):
-    try:
-      run(parse(args))
-    except BrokenPipeError:                  # the reader left, as `head` does
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  config_lib.command(args, parse, run)
 
 
 def run(flags) -> None:

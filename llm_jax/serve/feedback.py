@@ -181,12 +181,7 @@ def main(args: list[str]) -> None:
   parser.add_argument('file')
   parser.add_argument('command', choices=('list', 'delete', 'export'))
   parser.add_argument('what', nargs='?', default='', help='delete: the id of an answer; export: pairs or labels')
-  with config_lib.one_line_errors('--debug' in args):
-    try:
-      run(parser.parse_args(args))
-      sys.stdout.flush()
-    except BrokenPipeError:                  # the reader left, as `head` does
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  config_lib.command(args, parser.parse_args, run)
 
 
 def run(flags) -> None:
