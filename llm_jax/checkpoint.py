@@ -90,19 +90,19 @@ class Checkpointer:
     ocp = _orbax()
     self._writing = self.workdir / 'checkpoints' / str(step)
     folder = self._stage / str(step) if self._stage else self._writing
-    flat = _flat(state)
+    leaves = flat(state)
     try:
       if self._first:
         if folder.exists():
           folder.rmtree()
         folder.mkdir(parents=True)
       self._orbax.save(folder / 'state', args=ocp.args.Composite(
-          **{item: ocp.args.PyTreeSave(tree) for item, tree in _by_item(flat).items()}))
+          **{item: ocp.args.PyTreeSave(tree) for item, tree in _by_item(leaves).items()}))
     except Exception as e:
       raise self._failed(e) from e
     meta = dict(format_version=FORMAT, step=step, extra=extra or {}, config=self.config,
                 time=datetime.datetime.now().astimezone().isoformat(timespec='seconds'),
-                arrays={path: [str(x.dtype), list(x.shape)] for path, x in flat.items()})
+                arrays={path: [str(x.dtype), list(x.shape)] for path, x in leaves.items()})
     self._pending = self._executor.submit(self._commit, folder, meta)
     self._saved = step
     return self._stalled(start)
@@ -300,7 +300,7 @@ def restore(path, step: int | None = None, abstract_state=None, change_dtype: bo
   saved = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (dtype, shape) in found.arrays.items()}
   if abstract_state is None:
     return nest(_read_arrays(found.folder, saved))
-  wanted = _flat(abstract_state)
+  wanted = flat(abstract_state)
   _check_fit(found.folder, saved, wanted, change_dtype)
   placed = {n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=wanted[n].sharding) for n, s in saved.items()}
   arrays = _read_arrays(found.folder, placed)
@@ -321,7 +321,7 @@ def restore_params(path, step: int | None = None, mesh: jax.sharding.Mesh | None
   if mesh is not None:
     shardings = sharding_lib.named(mesh, sharding_lib.param_specs(tree[item], mesh))
     tree = {item: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree[item], shardings)}
-  return nest(_read_arrays(found.folder, _flat(tree)))[item]
+  return nest(_read_arrays(found.folder, flat(tree)))[item]
 
 
 def _check_fit(folder, saved, wanted, change_dtype):
@@ -368,19 +368,20 @@ def _read_arrays(folder, wanted: dict) -> dict:
       args = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(
           sharding=x.sharding or one, global_shape=x.shape, dtype=x.dtype), tree)
       restored = checkpointer.restore(source, args=ocp.args.PyTreeRestore(tree, restore_args=args))
-      read |= _flat(restored if item == 'train' else {item: restored})
+      read |= flat(restored if item == 'train' else {item: restored})
   return read
 
 
-def _flat(tree) -> dict:
+def flat(tree) -> dict:
   """{'params/blocks0/w_up_DF': leaf}: on disk there are only dicts, so no optimizer's class names outlive a release."""
   return {jax.tree_util.keystr(path, simple=True, separator='/'): x
           for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def nest(flat: dict) -> dict:
+def nest(leaves: dict) -> dict:
+  """The inverse of `flat`, for dicts."""
   tree = {}
-  for name, x in flat.items():
+  for name, x in leaves.items():
     *parents, leaf = name.split('/')
     node = tree
     for key in parents:
@@ -389,9 +390,9 @@ def nest(flat: dict) -> dict:
   return tree
 
 
-def _by_item(flat: dict) -> dict:
+def _by_item(leaves: dict) -> dict:
   """The trees of state/: params and ema apart from the rest, so that they can be read without it."""
-  tree = nest(flat)
+  tree = nest(leaves)
   trees = {item: tree.pop(item) for item in ('params', 'ema') if item in tree}
   return trees | ({'train': tree} if tree else {})
 

@@ -213,4 +213,4 @@ names = st.text('abcdefgh_0123456789', min_size=1, max_size=5)
 @given(tree=st.dictionaries(names, st.recursive(
     st.integers(), lambda inner: st.dictionaries(names, inner, min_size=1), max_leaves=8)))
 def test_nested_dicts_survive_their_paths(tree):
-  assert checkpoint.nest(checkpoint._flat(tree)) == tree
+  assert checkpoint.nest(checkpoint.flat(tree)) == tree

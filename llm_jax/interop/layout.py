@@ -9,8 +9,10 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 
+import jax
 import numpy as np
 
+from llm_jax import checkpoint
 from llm_jax.config import ConfigError, Model
 from llm_jax.models import transformer
 
@@ -149,10 +151,8 @@ def places(m: Model) -> list[tuple[str, int]]:
 @functools.lru_cache
 def leaf_shapes(m: Model) -> dict[str, tuple[int, ...]]:
   """{'blocks0/attention/w_q_DNH': [L, D, N, H]} of all of this model's parameters."""
-  import jax
   tree = jax.eval_shape(lambda: transformer.init(m, jax.random.key(0)))
-  return {jax.tree_util.keystr(path, simple=True, separator='/'): x.shape
-          for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+  return {name: x.shape for name, x in checkpoint.flat(tree).items()}
 
 
 def _link(m: Model, style: Style, name: str, leaves: list[str], place: tuple[int, ...], shapes) -> Link:

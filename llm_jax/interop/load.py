@@ -213,15 +213,11 @@ def place(links: Iterable[layout.Link], read: Callable[[str], np.ndarray], kinds
     for part in link.parts:
       counts[part.leaf] = counts.get(part.leaf, 0) + 1
       by_leaf.setdefault(part.leaf, []).append(link)
-  tree = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, np.float32), checkpoint_lib.nest(shapes),
-                      is_leaf=lambda x: isinstance(x, tuple))
+  tree = checkpoint_lib.nest({leaf: jax.ShapeDtypeStruct(shape, np.float32) for leaf, shape in shapes.items()})
   if mesh is None:
-    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shardings = dict.fromkeys(shapes, one)
+    shardings = dict.fromkeys(shapes, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
   else:
-    named = sharding_lib.named(mesh, sharding_lib.param_specs(tree, mesh))
-    shardings = {jax.tree_util.keystr(p, simple=True, separator='/'): s
-                 for p, s in jax.tree_util.tree_leaves_with_path(named)}
+    shardings = checkpoint_lib.flat(sharding_lib.named(mesh, sharding_lib.param_specs(tree, mesh)))
   done, buffers, out = set(), {}, {}
   for leaf in by_leaf:
     for link in by_leaf[leaf]:

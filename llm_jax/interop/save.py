@@ -180,8 +180,7 @@ class Reader:
 
   def __init__(self, model: Loaded, links: dict[str, layout.Link], dtypes: dict[str, str | None]):
     self.links, self.dtypes, self.rounded, self.constants = links, dtypes, [], {}
-    self.flat = {jax.tree_util.keystr(path, simple=True, separator='/'): x
-                 for path, x in jax.tree_util.tree_leaves_with_path(model.params)}
+    self.flat = checkpoint_lib.flat(model.params)
 
   def __call__(self, name: str) -> np.ndarray:
     if name in self.constants:

@@ -197,8 +197,7 @@ class Run:
   def start_from(self, source: interop.Loaded) -> None:
     """Takes the weights of another model; its tokenizer came with them."""
     params = jax.tree.map(lambda x: x.astype(jnp.float32), source.read(self.mesh))
-    shapes = lambda tree: {jax.tree_util.keystr(k, simple=True, separator='/'): x.shape
-                           for k, x in jax.tree_util.tree_leaves_with_path(tree)}
+    shapes = lambda tree: {name: x.shape for name, x in checkpoint_lib.flat(tree).items()}
     ours, theirs = shapes(self.state['params']), shapes(params)
     if ours != theirs:
       wrong = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
