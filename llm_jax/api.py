@@ -1,6 +1,5 @@
 """A trained model in a few lines: `m = llm_jax.load(path)`, then m.logits, m.generate, m.attention, m.activations."""
 import contextlib
-import dataclasses
 import functools
 
 import jax
@@ -15,15 +14,8 @@ from llm_jax.interop import load as interop
 from llm_jax.models import transformer
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Model:
-  """A model to use. config: the run's Config; params: nested dict of arrays; tokenizer: encode and decode."""
-  config: config_lib.Config
-  params: dict = dataclasses.field(repr=False)
-  tokenizer: object = dataclasses.field(repr=False)
-  shape: config_lib.Model = dataclasses.field(repr=False)    # config.model with nothing left to derive
-  chat_template: str | None = dataclasses.field(repr=False, default=None)    # Jinja, where the model came with one
-  origin: str = ''                                           # what was loaded, in words
+class Model(interop.Loaded):
+  """A model to use."""
 
   def logits(self, token_BT) -> jax.Array:
     """float32 [B, T, V]: what follows each token. Raises ConfigError for anything but rows of ids of the vocabulary."""
@@ -101,8 +93,7 @@ def load(path, step: int | None = None, ema: bool = False, dtype: str | None = N
   the config's. verify: False does not compare a run's files with their hashes, for speed. Placed on the mesh set by
   jax.set_mesh, or on one device. Raises ConfigError for what is none of these.
   """
-  m = interop.load(path, step=step, ema=ema, dtype=dtype, verify=verify)
-  return Model(m.config, m.params, m.tokenizer, m.shape, m.chat_template, m.origin)
+  return Model(**vars(interop.load(path, step=step, ema=ema, dtype=dtype, verify=verify)))
 
 
 def spread(fsdp: int, tensor: int):

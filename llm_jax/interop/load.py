@@ -22,12 +22,12 @@ from llm_jax.interop import families, gguf, gguf_model, hf, layout, vocabulary
 from llm_jax.models.attention import compute_dtype
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Loaded:
   """A model from anywhere. params: nested dict of arrays, as training keeps them; dtype: what its files hold."""
   config: config_lib.Config
   tokenizer: tokenizer_lib.Tokenizer = dataclasses.field(repr=False)
-  chat_template: str | None = dataclasses.field(repr=False)
+  chat_template: str | None = dataclasses.field(repr=False)    # Jinja, where the model came with one
   family: str                   # of Hugging Face's names; '' for a model of ours
   dtype: str
   origin: str                   # where from, and what was verified, in words
@@ -50,7 +50,7 @@ def load(path, *, step: int | None = None, ema: bool = False, dtype: str | None 
   """
   found = find(path, step=step, ema=ema, dtype=dtype, verify=verify)
   mesh = jax.sharding.get_mesh() if mesh is None else mesh
-  return dataclasses.replace(found, params=found.read(None if mesh.empty else mesh))
+  return dataclasses.replace(found, params=found.read(None if mesh.empty else mesh), read=None)
 
 
 def find(path, *, step: int | None = None, ema: bool = False, dtype: str | None = None, verify: bool = True) -> Loaded:
