@@ -36,38 +36,32 @@ def to_hf(model: Loaded, folder: pathlib.Path, dtype: str = '') -> Saved:
   template, model card. Raises ConfigError where no architecture there computes the same, or what was written does
   not."""
   family, config = families.family_for(model.shape, model.family)
-  with _new(folder) as part:
-    model, t = _whole(model), model.tokenizer
+
+  def write(part, model):
+    t = model.tokenizer
     ids = dict(bos_token_id=t.bos_id, eos_token_id=list(t.stop_ids) if t.more_stops else t.eos_id,
                pad_token_id=t.pad_id if t.pads else None)
     links = {link.name: link for link in layout.hf_links(family.name, model.shape)}
-    dtype = dtype or _lossless(model, links)
+    stored = dtype or _lossless(model, links)
     notes = [hf.write_tokenizer(part, t, model.chat_template, model.shape.max_length)]
-    read = Reader(model, links, dict.fromkeys(links, dtype))
-    hf.write(part, config | ids, {name: link.shape for name, link in links.items()}, read, dtype)
+    read = Reader(model, links, dict.fromkeys(links, stored))
+    hf.write(part, config | ids, {name: link.shape for name, link in links.items()}, read, stored)
     hf.write_text(part / 'generation_config.json', json.dumps(ids, indent=1))
-    hf.write_text(part / 'README.md', card.text(model, family.architecture, dtype))
-    notes += [*_renamed(model, family), *read.notes(dtype)]
-    if read.rounded:
-      _check_rounded(read, hf.Weights(part).read, part)
-    probe, exact = Probe(model), not read.rounded
-    del model, read
-    error, largest = probe.error(part, exact)
-  return Saved(pathlib.Path(folder).expanduser(), error, largest, [note for note in notes if note])
+    hf.write_text(part / 'README.md', card.text(model, family.architecture, stored))
+    _check_rounded(read, hf.Weights(part).read, part)
+    return [*filter(None, notes), *_renamed(model, family), *read.notes(stored)], not read.rounded
+  return _written(model, folder, write)
 
 
 def to_orbax(model: Loaded, folder: pathlib.Path) -> Saved:
   """A run directory with one step, 0, that training (config.init_from), sampling and everything else read."""
-  with _new(folder) as part:
-    model = _whole(model)
+  def write(part, model):
     model.tokenizer.save(part / 'tokenizer')
     extra = dict(chat_template=model.chat_template, family=model.family)
     with checkpoint_lib.Checkpointer(part, 1, config_lib.to_dict(model.config)) as writer:
       writer.save(0, dict(params=jax.tree.map(lambda x: x.astype(np.float32), model.params)), extra)
-    probe = Probe(model)
-    del model, writer
-    error, largest = probe.error(part, True)
-  return Saved(pathlib.Path(folder).expanduser(), error, largest, [])
+    return [], True
+  return _written(model, folder, write)
 
 
 def to_gguf(model: Loaded, path: pathlib.Path, kind: str = '') -> Saved:
@@ -78,28 +72,25 @@ def to_gguf(model: Loaded, path: pathlib.Path, kind: str = '') -> Saved:
   links = {link.name: link for link in gguf_model.links(family.name, model.shape)}
   fields = gguf_model.fields_of(family, model.shape) | vocabulary.gguf_fields(model.tokenizer, model.shape.vocab_size)
   fields |= {'tokenizer.chat_template': model.chat_template} if model.chat_template else {}
-  with _new(path) as part:
-    model = _whole(model)
-    kind = dict(float32='F32', float16='F16', bfloat16='BF16').get(kind or model.dtype, kind.upper())
-    fields |= {'general.name': pathlib.Path(path).stem, 'general.file_type': gguf_model.FILE_TYPES[kind],
-               'general.quantization_version': 2}
-    tensors = {name: (link.shape, gguf_model.kind_of(link, kind)) for name, link in links.items()}
+
+  def write(part, model):
+    stored = dict(float32='F32', float16='F16', bfloat16='BF16').get(kind or model.dtype, kind.upper())
+    said = fields | {'general.name': pathlib.Path(path).stem, 'general.file_type': gguf_model.FILE_TYPES[stored],
+                     'general.quantization_version': 2}
+    tensors = {name: (link.shape, gguf_model.kind_of(link, stored)) for name, link in links.items()}
     halves = dict(F32='float32', F16='float16', BF16='bfloat16')
-    read = Reader(model, links, {name: halves.get(stored) for name, (_, stored) in tensors.items()})
+    read = Reader(model, links, {name: halves.get(each) for name, (_, each) in tensors.items()})
     if (factors := gguf_model.rope_freqs(model.shape)) is not None:
       tensors['rope_freqs.weight'], read.constants['rope_freqs.weight'] = (factors.shape, 'F32'), factors
-    gguf.write(part, fields, tensors, read)
+    gguf.write(part, said, tensors, read)
     _check_said(part, path, family, model.shape)
-    notes = [*_renamed(model, family), *read.notes(kind)]
+    notes = [*_renamed(model, family), *read.notes(stored)]
     if any(model.shape.windows) and family.gguf in ('llama', 'qwen2', 'phi3', 'starcoder2'):
       notes.append(f'llama.cpp has no sliding windows for {family.gguf}: beyond {max(model.shape.windows)} tokens it '
                    'computes something else')
-    if read.rounded:
-      _check_rounded(read, gguf.read(part).array, part)
-    probe, exact = Probe(model), not read.rounded
-    del model, read
-    error, largest = probe.error(part, exact)
-  return Saved(pathlib.Path(path).expanduser(), error, largest, notes)
+    _check_rounded(read, gguf.read(part).array, part)
+    return notes, not read.rounded
+  return _written(model, path, write)
 
 
 def _check_said(part, path, family, shape) -> None:
@@ -143,9 +134,9 @@ def _check_rounded(read, written, where) -> None:
       raise ConfigError(f'{where}: read back, {name} differs by {off / size:.1%} of its size, more than rounding')
 
 
-@contextlib.contextmanager
-def _new(path):
-  """A place beside `path`, which becomes it in the end, or is removed where something fails."""
+def _written(model: Loaded, path, write) -> Saved:
+  """Lets write(part, model) -> (notes, exact) make it in a place beside `path`, and reads it back: it becomes `path` in
+  the end, or is removed where something fails."""
   if '://' in str(path):
     raise ConfigError(f'{path}: expected a local path; write the model there, then copy it')
   path = pathlib.Path(path).expanduser()
@@ -157,7 +148,13 @@ def _new(path):
     part.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix != '.gguf':
       part.mkdir()
-    yield part
+    if model.params is None:
+      mesh = jax.sharding.get_mesh()
+      model = dataclasses.replace(model, params=model.read(None if mesh.empty else mesh))
+    notes, exact = write(part, model)
+    probe = Probe(model)
+    del model
+    error, largest = probe.error(part, exact)
     if path.is_dir():
       path.rmdir()
     part.rename(path)
@@ -166,6 +163,7 @@ def _new(path):
   finally:
     with contextlib.suppress(OSError):
       _remove(part)
+  return Saved(path, error, largest, notes)
 
 
 def _remove(part) -> None:
@@ -196,13 +194,6 @@ class Reader:
     if not self.rounded:
       return []
     return [f'{len(self.rounded)} of {len(self.links)} tensors are rounded: {kind} does not hold them exactly']
-
-
-def _whole(model: Loaded) -> Loaded:
-  """The model with its parameters."""
-  mesh = jax.sharding.get_mesh()
-  return model if model.params is not None else dataclasses.replace(model, params=model.read(
-      None if mesh.empty else mesh))
 
 
 class Probe:
