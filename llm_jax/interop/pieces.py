@@ -11,6 +11,8 @@ from llm_jax.data.tokenizer import LINE, SPACE, SPECIALS, Byte, Char, SentencePi
 
 BYTE_PIECE = re.compile('<0x[0-9A-F]{2}>')
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)         # SentencePiece's types of pieces, and GGUF's
+BYTE_LEVEL = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=False)
+FLAGS = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)          # of an added token
 
 
 def as_json(tokenizer: Tokenizer) -> HuggingFace | None:
@@ -18,12 +20,11 @@ def as_json(tokenizer: Tokenizer) -> HuggingFace | None:
   if isinstance(tokenizer, Byte):
     names = ('<bos>', *SPECIALS)
     vocab = {c: b for c, b in BYTE_OF.items()} | {name: 256 + i for i, name in enumerate(names)}
-    level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=False)
-    return _made(dict(type='BPE', vocab=vocab, merges=[]), names, level, level)
+    return _ours(dict(type='BPE', vocab=vocab, merges=[]), names, BYTE_LEVEL, BYTE_LEVEL)
   if isinstance(tokenizer, Char):
     vocab = {c: i for i, c in enumerate(tokenizer.alphabet)}
     split = dict(type='Split', pattern=dict(Regex=r'[\s\S]'), behavior='Isolated', invert=False)
-    return _made(dict(type='WordLevel', vocab=vocab, unk_token='<unk>'), (), split, dict(type='Fuse'))
+    return _ours(dict(type='WordLevel', vocab=vocab, unk_token='<unk>'), (), split, dict(type='Fuse'))
   if isinstance(tokenizer, SentencePiece) and tokenizer.own:
     return _sentencepiece(tokenizer.model)
   return None
@@ -40,7 +41,7 @@ def _sentencepiece(model: bytes) -> HuggingFace | None:
   names = [p.piece for p in proto.pieces if p.type in (p.CONTROL, p.UNKNOWN)]
   split = dict(type='Split', pattern=dict(Regex=LINE.pattern), behavior='Isolated', invert=False)
   decoder = dict(type='Sequence', decoders=[dict(type='ByteFallback'), dict(type='Fuse')])
-  return _made(dict(type='BPE', vocab=vocab, merges=merges_of(scores), byte_fallback=True, unk_token='<unk>'), names,
+  return _ours(dict(type='BPE', vocab=vocab, merges=merges_of(scores), byte_fallback=True, unk_token='<unk>'), names,
                split, decoder)
 
 
@@ -53,15 +54,22 @@ def merges_of(scores: dict[str, float]) -> list[tuple[str, str]]:
   return [pair for *_, pair in sorted(found, key=lambda entry: entry[:2])]
 
 
-def _made(model, names, pre_tokenizer, decoder) -> HuggingFace:
-  flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-  added = [dict(id=model['vocab'][name], content=name, **flags) for name in names]
+def _ours(model, names, pre_tokenizer, decoder) -> HuggingFace:
+  added = [added_token(model['vocab'][name], name, True) for name in names]
+  return built(model, added, pre_tokenizer, decoder, dict(bos='<bos>', eos='<bos>') if '<bos>' in names else {})
+
+
+def added_token(i: int, content: str, special: bool) -> dict:
+  return dict(id=i, content=content, special=special) | FLAGS
+
+
+def built(model: dict, added: list[dict], pre_tokenizer: dict, decoder: dict, roles: dict[str, str]) -> HuggingFace:
+  """The tokenizer of these parts of a tokenizer.json; a BPE says only what is not as usual."""
   plain = dict(dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None, fuse_unk=False,
                byte_fallback=False, ignore_merges=False) if model['type'] == 'BPE' else {}
-  roles = dict(bos='<bos>', eos='<bos>') if '<bos>' in names else {}
   return HuggingFace(json.dumps(dict(
       version='1.0', truncation=None, padding=None, added_tokens=added, normalizer=None, pre_tokenizer=pre_tokenizer,
-      post_processor=None, decoder=decoder, model=plain | model)).encode(), roles)
+      post_processor=None, decoder=decoder, model=dict(type=model['type']) | plain | model)).encode(), roles)
 
 
 def beginning_with_bos(tokenizer: HuggingFace) -> bytes:
@@ -79,9 +87,9 @@ def beginning_with_bos(tokenizer: HuggingFace) -> bytes:
   return json.dumps(whole, ensure_ascii=False).encode()
 
 
-def as_pieces(tokenizer: HuggingFace) -> dict | None:
-  """tokens, token_type, scores and add_space_prefix of GGUF's 'llama' vocabulary for a tokenizer.json of BPE over
-  U+2581 and bytes (Llama 2, Mistral, Gemma); None for one that SentencePiece would not read the same."""
+def as_pieces(tokenizer: HuggingFace, size: int) -> dict | None:
+  """tokens, token_type, scores (`size` of each) and add_space_prefix of GGUF's 'llama' vocabulary for a tokenizer.json
+  of BPE over U+2581 and bytes (Llama 2, Mistral, Gemma); None for one that SentencePiece would not read the same."""
   whole = json.loads(tokenizer.model)
   model, added = whole['model'], {token['id']: token for token in whole['added_tokens']}
   space = _adds_space(whole['normalizer'], whole['pre_tokenizer'])
@@ -107,7 +115,7 @@ def as_pieces(tokenizer: HuggingFace) -> dict | None:
     if i in added:
       return CONTROL if added[i]['special'] else USER
     return BYTE if BYTE_PIECE.fullmatch(by_id[i]) else NORMAL
-  ids = range(tokenizer.vocab_size)
+  ids = range(size)
   if unknown is None:
     return None
   return dict(tokens=[by_id.get(i, f'[PAD{i}]') for i in ids], token_type=[kind(i) for i in ids],

@@ -15,7 +15,7 @@ from llm_jax.data import hf
 from llm_jax.data.hf import BYTE_OF, HuggingFace
 from llm_jax.data.tokenizer import LOOKS_SPECIAL, Byte, SentencePiece, Tokenizer, readable
 from llm_jax.interop import pieces
-from llm_jax.interop.pieces import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER
+from llm_jax.interop.pieces import BYTE, BYTE_LEVEL, CONTROL, FLAGS, NORMAL, UNKNOWN, UNUSED, USER, added_token
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -42,7 +42,6 @@ SAME = {GPT2.removesuffix(r'|\s+'): GPT2,
            for p in (LLAMA3, QWEN)}}
 
 CHAR_OF = {b: c for c, b in BYTE_OF.items()}
-FLAGS = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
 LLAMA3_RANKS = 128_000
 # Which of PRES a folder with vocab.json and merges.txt means, by its tokenizer_class.
 CLASSES = dict(GPT2Tokenizer='gpt-2', CodeGenTokenizer='gpt-2', Qwen2Tokenizer='qwen2')
@@ -105,7 +104,7 @@ def from_tiktoken(path: pathlib.Path, pattern: str, specials: dict[str, int], ro
   """The BPE of a tiktoken file: lines of a token in base64 and its rank, which is its id. `pattern` splits text
   (PATTERNS has known ones); `roles` names bos, eos and pad. Ids of text are tiktoken's `encode_ordinary`."""
   with _readable(path):
-    return _tiktoken(_ranks(path), pattern, [_added(i, name, True) for name, i in specials.items()], roles)
+    return _tiktoken(_ranks(path), pattern, [added_token(i, name, True) for name, i in specials.items()], roles)
 
 
 def from_gguf(fields: dict) -> Tokenizer:
@@ -143,16 +142,11 @@ def gguf_fields(tokenizer: Tokenizer, size: int) -> dict:
     raise ConfigError(f'expected an embedding of at least {tokenizer.vocab_size} ids, got size {size}: a GGUF file has '
                       'a row for each token; write the Hugging Face format')
   if isinstance(tokenizer, (HuggingFace, Byte)):
-    fields = _bpe_fields(pieces.as_json(tokenizer) or tokenizer)
+    fields = _bpe_fields(pieces.as_json(tokenizer) or tokenizer, size)
   elif isinstance(tokenizer, SentencePiece):
-    fields = _sentencepiece_fields(tokenizer)
+    fields = _sentencepiece_fields(tokenizer, size)
   else:
     raise _unnamed(f'a {tokenizer.kind} tokenizer')
-  if 'scores' in fields:
-    fields['scores'] += [0.] * (size - len(fields['scores']))
-  more = range(len(fields['tokens']), size)
-  fields['tokens'] += [f'[PAD{i}]' for i in more]
-  fields['token_type'] += [UNUSED] * len(more)
   pad = tokenizer.pad_id if tokenizer.pads else None
   for role, i in (('bos', tokenizer.bos_id), ('eos', tokenizer.eos_id), ('padding', pad),
                   *zip(('eot', 'eom'), tokenizer.more_stops)):
@@ -177,7 +171,7 @@ def _gguf_bpe(fields, tokens, types, ids):
     if kind != UNUSED and vocab.setdefault(token, i) != i:
       raise ConfigError(f'tokenizer.ggml.tokens: expected different tokens, {vocab[token]} and {i} are both {token!r}')
     if kind in (UNKNOWN, CONTROL, USER):
-      added.append(_added(i, token, kind != USER))
+      added.append(added_token(i, token, kind != USER))
   return _byte_level(vocab, merges, *PRES[pre], added, {role: tokens[i] for role, i in ids.items()})
 
 
@@ -201,13 +195,9 @@ def _byte_level(vocab, merges, regexes, whole, added, roles):
   if made := sorted(special & {*(''.join(merge) for merge in merges), *BYTE_OF}):
     raise ConfigError(f'expected special tokens that text cannot give, {made[0]!r} comes out of it')
   splits = [dict(type='Split', pattern=dict(Regex=r), behavior='Isolated', invert=False) for r in regexes]
-  bytes_of = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=False)
-  model = dict(type='BPE', dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
-               fuse_unk=False, byte_fallback=False, ignore_merges=whole, vocab=vocab, merges=merges)
-  made = HuggingFace(json.dumps(dict(
-      version='1.0', truncation=None, padding=None, added_tokens=sorted(added, key=lambda token: token['id']),
-      normalizer=None, pre_tokenizer=dict(type='Sequence', pretokenizers=[*splits, bytes_of]), post_processor=None,
-      decoder=bytes_of, model=model)).encode(), roles)
+  made = pieces.built(
+      dict(type='BPE', ignore_merges=whole, vocab=vocab, merges=merges), sorted(added, key=lambda token: token['id']),
+      dict(type='Sequence', pretokenizers=[*splits, BYTE_LEVEL]), BYTE_LEVEL, roles)
   for token in sorted(special if whole else ()):
     if BYTE_OF.keys() >= set(token):
       text = bytes([BYTE_OF[c] for c in token]).decode('utf-8', 'ignore')
@@ -239,8 +229,8 @@ def _gguf_sentencepiece(fields, tokens, types, ids):
   return SentencePiece(proto.SerializeToString(deterministic=True), own=False)
 
 
-def _bpe_fields(tokenizer):
-  if found := pieces.as_pieces(tokenizer):
+def _bpe_fields(tokenizer, size):
+  if found := pieces.as_pieces(tokenizer, size):
     return dict(model='llama', pre='default') | found
   whole = json.loads(tokenizer.model)
   model, normal = whole['model'], (whole['normalizer'] or {}).get('type')
@@ -267,9 +257,8 @@ def _bpe_fields(tokenizer):
     raise _unnamed(f'ignore_merges={ignores} with the pre-tokenizer of {names[0]}')
   by_id = {i: token for token, i in vocab.items()} | {i: token['content'] for i, token in added.items()}
   types = {i: NORMAL for i in by_id} | {i: CONTROL if token['special'] else USER for i, token in added.items()}
-  ids = range(tokenizer.vocab_size)
-  return dict(model='gpt2', pre=name or names[0], tokens=[by_id.get(i, f'[PAD{i}]') for i in ids],
-              token_type=[types.get(i, UNUSED) for i in ids], merges=merges)
+  return dict(model='gpt2', pre=name or names[0], tokens=[by_id.get(i, f'[PAD{i}]') for i in range(size)],
+              token_type=[types.get(i, UNUSED) for i in range(size)], merges=merges)
 
 
 def _regexes(pre):
@@ -298,7 +287,7 @@ def _all_merged(vocab, merges, added):
   return all(i in added or len(model.tokenize(token)) == 1 for token, i in vocab.items())
 
 
-def _sentencepiece_fields(tokenizer):
+def _sentencepiece_fields(tokenizer, size):
   from sentencepiece import sentencepiece_model_pb2
   proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)
   spec, normal = proto.trainer_spec, proto.normalizer_spec
@@ -306,6 +295,8 @@ def _sentencepiece_fields(tokenizer):
     raise _unnamed('a SentencePiece model other than BPE with byte_fallback')
   if normal.precompiled_charsmap or normal.remove_extra_whitespaces or not normal.escape_whitespaces:
     raise _unnamed('a SentencePiece model that normalises text')
+  for i in range(len(proto.pieces), size):
+    proto.pieces.add(piece=f'[PAD{i}]', score=0., type=UNUSED)
   # The class takes these for control tokens, which text cannot give.
   types = [CONTROL if p.type == USER and LOOKS_SPECIAL.fullmatch(p.piece) else p.type for p in proto.pieces]
   return dict(model='llama', pre='default', tokens=[p.piece for p in proto.pieces], token_type=types,
@@ -385,7 +376,7 @@ def _tiktoken_folder(path):
     names = ['<|begin_of_text|>', '<|end_of_text|>', *(f'<|reserved_special_token_{i}|>' for i in range(251))]
     names[6:6] = ['<|start_header_id|>', '<|end_header_id|>']
     names.insert(9, '<|eot_id|>')
-    added = [_added(LLAMA3_RANKS + i, name, True) for i, name in enumerate(names)]
+    added = [added_token(LLAMA3_RANKS + i, name, True) for i, name in enumerate(names)]
     return _tiktoken(ranks, LLAMA3, added, dict(bos=names[0], eos=names[1]))
   return _tiktoken(ranks, PATTERNS[known], added, _roles(path.parent, added))
 
@@ -412,11 +403,11 @@ def _said(folder, vocab):
   plain = lambda token: token['content'] if isinstance(token, dict) else token
   special = {plain(token) for token in [said.get(f'{role}_token') for role in ('bos', 'eos', 'pad', 'unk')]
              + (said.get('additional_special_tokens') or [])} | {'<|endoftext|>'}
-  added = {i: _added(i, name, name in special or bool(LOOKS_SPECIAL.fullmatch(name)))
+  added = {i: added_token(i, name, name in special or bool(LOOKS_SPECIAL.fullmatch(name)))
            for name, i in (read('added_tokens.json') | {s: vocab[s] for s in special if s in vocab}).items()}
   for i, token in said.get('added_tokens_decoder', {}).items():
     flags = {key: bool(token.get(key)) for key in (*FLAGS, 'special')}
-    added[int(i)] = _added(int(i), token['content'], False) | flags
+    added[int(i)] = added_token(int(i), token['content'], False) | flags
   return said, list(added.values())
 
 
@@ -440,10 +431,6 @@ def _extended(data, folder):
   for role, name in _roles(folder, added).items():
     setattr(proto.trainer_spec, f'{role}_piece', name)
   return proto.SerializeToString(deterministic=True)
-
-
-def _added(i, content, special):
-  return dict(id=i, content=content, special=special) | FLAGS
 
 
 def _readable(what):
