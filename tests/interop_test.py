@@ -21,7 +21,7 @@ from llm_jax import config as config_lib
 from llm_jax import sharding
 from llm_jax.config import ConfigError
 from llm_jax.generate import sampling
-from llm_jax.interop import card, families, gguf, hf, layout, load, save, vocabulary
+from llm_jax.interop import families, gguf, hf, layout, load, save, vocabulary
 from llm_jax.models import presets, transformer
 
 VARIANTS = {'llama, biases, tied', 'llama, linear', 'qwen2, windows', 'stablelm, parallel', 'gpt_neox, in turn',
@@ -204,7 +204,7 @@ def test_training_goes_on_from_a_model_from_elsewhere(kind, tmp_path, tokenizer_
   assert f'from the weights of {path}' in text and 'LlamaForCausalLM' in text
   assert f'| loss per token, nats | {trained.figures["loss/valid"]:.4f} |' in text and 'bits per byte' in text
   (tmp_path / 'run/metrics.jsonl').unlink()
-  assert 'No evaluation was recorded' in card.text(load.load(tmp_path / 'run'), 'X', 'float32')
+  assert 'No evaluation was recorded' in save.card(load.load(tmp_path / 'run'), 'X', 'float32')
 
 
 def test_what_ends_a_text_comes_along(tmp_path, tokenizer_json):

@@ -16,7 +16,7 @@ from llm_jax import checkpoint as checkpoint_lib
 from llm_jax import config as config_lib
 from llm_jax import sharding as sharding_lib
 from llm_jax.config import ConfigError
-from llm_jax.interop import card, families, gguf, gguf_model, hf, layout, vocabulary
+from llm_jax.interop import families, gguf, gguf_model, hf, layout, vocabulary
 from llm_jax.interop.load import Loaded, load
 from llm_jax.models import transformer
 
@@ -47,7 +47,7 @@ def to_hf(model: Loaded, folder: pathlib.Path, dtype: str = '') -> Saved:
     read = Reader(model, links, dict.fromkeys(links, stored))
     hf.write(part, config | ids, {name: link.shape for name, link in links.items()}, read, stored)
     hf.write_text(part / 'generation_config.json', json.dumps(ids, indent=1))
-    hf.write_text(part / 'README.md', card.text(model, family.architecture, stored))
+    hf.write_text(part / 'README.md', card(model, family.architecture, stored))
     _check_rounded(read, hf.Weights(part).read, part)
     return [*filter(None, notes), *_renamed(model, family), *read.notes(stored)], not read.rounded
   return _written(model, folder, write)
@@ -218,3 +218,52 @@ class Probe:
       raise ConfigError(f'{path}: read back, its logits differ by up to {error:.2g} (largest {scale:.2g}); do not use '
                         'it')
     return error, scale
+
+
+def card(model: Loaded, architecture: str, dtype: str) -> str:
+  """The model card: what it is, what it was trained on, what is known of its limits; Markdown with the YAML header that
+  model hubs read."""
+  shape, config = model.shape, model.config
+  trained = not model.family or bool(config.init_from)
+  data = config.data
+  sources = ', '.join(f'{s.source} {s.path} (weight {s.weight:g})'.replace('  ', ' ') for s in data.mixture) or (
+      f'{data.source} {data.path}'.strip())
+  parts = [
+      '---', 'library_name: transformers', 'tags:', '- llm_jax', '---', '', '# Model card', '',
+      f'{architecture} with {transformer.count(model.params):,} parameters, stored in {dtype}; written by llm_jax.', '']
+  if trained:
+    t, o = config.train, config.optimizer
+    until = f'{t.minutes:g} minutes' if t.minutes else f'{t.steps:,} steps'
+    parts += [
+        '## Training data', '', f'* {sources}', f'* sequences of {data.length} tokens, packing `{data.packing}`; '
+        f'held out: `{data.valid}`', f'* tokenizer: {model.tokenizer.kind}, {model.tokenizer.vocab_size:,} entries', '',
+        '## Training', '', f'* {until}, batch of {t.batch_size}, {o.name}, learning rate {o.learning_rate:g}, '
+        f'{o.schedule}, seed {t.seed}',
+        *([f'* from the weights of {config.init_from}'] if config.init_from else []), f'* {model.origin}', '']
+  else:
+    parts += ['## Training data', '', 'Converted, not trained here: see the original, and its licence '
+              f'({model.origin}).', '']
+  parts += [
+      '## Evaluation', '', *_evaluation(model, trained), '',
+      '## Limits', '',
+      '* It continues text; it states falsehoods fluently, and repeats what its data held, biases too.',
+      f'* It reads at most {shape.max_length:,} tokens.',
+      '* Nothing here was tested for a use; test it for yours.', '', '## Config', '', '```']
+  plain, shape = config_lib.Model(), families.computed(shape)
+  parts += [f'{name} = {value!r}' for name, value in vars(shape).items() if value != getattr(plain, name)]
+  return '\n'.join([*parts, '```', ''])
+
+
+FIGURES = {'loss/valid': 'loss per token, nats', 'eval/bits_per_byte': 'bits per byte',
+           'eval/accuracy': 'next token right'}
+
+
+def _evaluation(model: Loaded, trained: bool) -> list[str]:
+  """Lines on the run's last evaluation up to this step."""
+  if not model.figures:
+    return ['No evaluation was recorded.' if trained else 'See the original.']
+  rows = [f'| {FIGURES.get(name, name)} | {value:.4f} |' for name, value in model.figures.items()
+          if name != 'step' and isinstance(value, float)]
+  return [f'On text held out from its training data, after step {model.figures["step"]:,}:', '',
+          '| | |', '|---|---|', *rows, '',
+          'Nothing else was measured: neither truthfulness, nor bias, nor how it follows instructions.']

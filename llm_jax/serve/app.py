@@ -22,7 +22,7 @@ from starlette.routing import Route
 from llm_jax.config import ConfigError
 from llm_jax.generate import chat, score
 from llm_jax.generate.options import Options
-from llm_jax.serve import feedback, making, openapi, oversight, protocol, tools
+from llm_jax.serve import feedback, making, oversight, protocol, tools
 from llm_jax.serve.protocol import ApiError
 from llm_jax.serve.worker import Choice, Worker
 
@@ -272,7 +272,7 @@ class Server:
     return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
   async def described(self, request: Request):
-    return JSONResponse(openapi.description(self.settings.name))
+    return JSONResponse(protocol.description(self.settings.name))
 
   async def body(self, request: Request) -> dict:
     """The JSON object of a request, which may not be larger than settings.body."""
