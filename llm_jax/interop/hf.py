@@ -5,7 +5,6 @@ Nothing is ever unpickled.
 """
 import json
 import math
-import os
 import pathlib
 from collections.abc import Callable
 
@@ -150,13 +149,13 @@ def write(folder: pathlib.Path, config: dict, shapes: dict[str, tuple[int, ...]]
     where |= dict.fromkeys(names, file)
   if several:
     total = sum(math.prod(s) for s in shapes.values()) * kind.itemsize
-    write_text(folder / 'model.safetensors.index.json',
-               json.dumps(dict(metadata=dict(total_size=total), weight_map=where), indent=1))
-  write_text(folder / 'config.json', json.dumps(config | dict(torch_dtype=dtype), indent=1, sort_keys=True))
+    (folder / 'model.safetensors.index.json').write_text(
+        json.dumps(dict(metadata=dict(total_size=total), weight_map=where), indent=1))
+  (folder / 'config.json').write_text(json.dumps(config | dict(torch_dtype=dtype), indent=1, sort_keys=True))
 
 
 def write_safetensors(path: pathlib.Path, shapes: dict, read, kind: np.dtype) -> None:
-  """One file, whole or not at all, without ever holding more than a tensor."""
+  """One file, without ever holding more than a tensor."""
   header, at = {'__metadata__': dict(format='pt')}, 0          # transformers refuses a file without this
   for name, shape in shapes.items():
     size = math.prod(shape) * kind.itemsize
@@ -164,8 +163,7 @@ def write_safetensors(path: pathlib.Path, shapes: dict, read, kind: np.dtype) ->
     at += size
   text = json.dumps(header).encode()
   text += b' ' * (-len(text) % 8)
-  part = path.with_name(path.name + '.part')
-  with part.open('wb') as f:
+  with path.open('wb') as f:
     f.write(len(text).to_bytes(8, 'little') + text)
     for name in shapes:
       with np.errstate(over='ignore'):
@@ -173,13 +171,6 @@ def write_safetensors(path: pathlib.Path, shapes: dict, read, kind: np.dtype) ->
       if not np.isfinite(array).all():
         raise ConfigError(f'{path}: {name} is not finite in {kind}; write it in bfloat16 or float32')
       array.tofile(f)
-  os.replace(part, path)
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-  part = path.with_name(path.name + '.part')
-  part.write_text(text)
-  os.replace(part, path)
 
 
 def write_tokenizer(folder: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer, template: str | None, length: int) -> str:
@@ -187,7 +178,7 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer, te
   transformers cannot read it, or ''."""
   said = dict(model_max_length=length, clean_up_tokenization_spaces=False)
   if template:
-    write_text(folder / 'chat_template.jinja', template)
+    (folder / 'chat_template.jinja').write_text(template)
   ours = pieces.as_json(tokenizer)
   if ours or getattr(tokenizer, 'own', False):
     tokenizer.save(folder / 'tokenizer')                 # what we read: exact on any text
@@ -204,5 +195,5 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer, te
     said |= dict(tokenizer_class='LlamaTokenizer', legacy=False, add_bos_token=tokenizer.adds_bos)
   else:
     return 'a unigram tokenizer of ours has no counterpart there: it lies in tokenizer/, which llm_jax reads'
-  write_text(folder / 'tokenizer_config.json', json.dumps(said, indent=1))
+  (folder / 'tokenizer_config.json').write_text(json.dumps(said, indent=1))
   return ''

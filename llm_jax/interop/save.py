@@ -46,8 +46,8 @@ def to_hf(model: Loaded, folder: pathlib.Path, dtype: str = '') -> Saved:
     notes = [hf.write_tokenizer(part, t, model.chat_template, model.shape.max_length)]
     read = Reader(model, links, dict.fromkeys(links, stored))
     hf.write(part, config | ids, {name: link.shape for name, link in links.items()}, read, stored)
-    hf.write_text(part / 'generation_config.json', json.dumps(ids, indent=1))
-    hf.write_text(part / 'README.md', card(model, family.architecture, stored))
+    (part / 'generation_config.json').write_text(json.dumps(ids, indent=1))
+    (part / 'README.md').write_text(card(model, family.architecture, stored))
     _check_rounded(read, hf.Weights(part).read, part)
     return [*filter(None, notes), *_renamed(model, family), *read.notes(stored)], not read.rounded
   return _written(model, folder, write)
