@@ -157,18 +157,11 @@ def _llama3(get, file, base, rotated) -> dict:
   """Llama 3.1's scaling is in the file as what each pair's frequency is divided by: the constants of the published
   models must give exactly that."""
   found = np.asarray(file.array('rope_freqs.weight'), np.float64)
-  scaling = dict(rope_type='llama3', factor=float(found.max()), low_freq_factor=1.0, high_freq_factor=4.0,
-                 original_max_position_embeddings=8192)
-  if found.shape != (rotated // 2,) or not np.allclose(found, _divisors(scaling, base, rotated), rtol=1e-4):
+  published = Model(head_dim=rotated, rope_base=base, rope_scaling='llama3', rope_factor=float(found.max()),
+                    rope_low_freq=1.0, rope_high_freq=4.0, rope_original_length=8192)
+  if found.shape != (rotated // 2,) or not np.allclose(found, rope_freqs(published), rtol=1e-4):
     raise ConfigError(f'{get.where}: rope_freqs.weight is not the scaling of Llama 3.1 or 3.2, and cannot be run')
-  return scaling
-
-
-def _divisors(scaling: dict, base: float, rotated: int) -> np.ndarray:
-  cfg = Model(head_dim=rotated, rope_scaling='llama3', rope_factor=scaling['factor'],
-              rope_low_freq=scaling['low_freq_factor'], rope_high_freq=scaling['high_freq_factor'],
-              rope_original_length=scaling['original_max_position_embeddings'])
-  return layers.rope_frequencies(cfg, base, scaled=False)[0] / layers.rope_frequencies(cfg, base)[0]
+  return families.write_rope(published)['rope_scaling']
 
 
 def links(family: str, m: Model, shared_norm: bool = False) -> Iterator[layout.Link]:
@@ -242,9 +235,8 @@ def rope_freqs(m: Model) -> np.ndarray | None:
   """What Llama 3.1's scaling divides each pair's frequency by, which is how these files say it; None for others."""
   if m.rope_scaling != 'llama3':
     return None
-  scaling = dict(factor=m.rope_factor, low_freq_factor=m.rope_low_freq, high_freq_factor=m.rope_high_freq,
-                 original_max_position_embeddings=m.rope_original_length)
-  return _divisors(scaling, m.rope_base, m.head_dim).astype(np.float32)
+  plain, scaled = (layers.rope_frequencies(m, m.rope_base, scaled)[0] for scaled in (False, True))
+  return (plain / scaled).astype(np.float32)
 
 
 def kind_of(link: layout.Link, kind: str) -> str:

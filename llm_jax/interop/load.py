@@ -3,7 +3,6 @@
 Weights stream from the files to the devices that hold them: a leaf's buffers are filled tensor by tensor and become its
 array, so the host never holds more than the model once and one tensor.
 """
-import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable
@@ -59,25 +58,16 @@ def find(path, *, step: int | None = None, ema: bool = False, dtype: str | None 
     return _own(path, step, ema, dtype, verify)
   kind, place = kind_of(path)
   if kind == 'own':
-    with _one_line(path):
+    try:
       return _own(place, step, ema, dtype, verify)
+    except Exception as e:           # of a bucket's client, in many classes
+      if isinstance(e, ConfigError) or '://' not in str(path):
+        raise
+      raise ConfigError(f'{path}: cannot be read ({type(e).__name__}: {" ".join(str(e).split())[:160]}); check the '
+                        'address and the credentials') from e
   if step is not None or ema:
     raise ConfigError(f'{path}: {"step" if step is not None else "ema"} is of run directories; this is a model alone')
   return _hf(place, dtype) if kind == 'hf' else _gguf(place, dtype)
-
-
-@contextlib.contextmanager
-def _one_line(path):
-  """What the client of a bucket raises, in many classes, as one line."""
-  try:
-    yield
-  except ConfigError:
-    raise
-  except Exception as e:
-    if '://' not in str(path):
-      raise
-    raise ConfigError(f'{path}: cannot be read ({type(e).__name__}: {" ".join(str(e).split())[:160]}); check the '
-                      'address and the credentials') from e
 
 
 def group(path) -> ConfigDict:
