@@ -53,8 +53,7 @@ class Server:
   def __init__(self, model, worker: Worker, settings: Settings):
     self.model, self.worker, self.settings, self.created = model, worker, settings, int(time.time())
     self.tokenizer, self.limit = model.tokenizer, worker.engine.limit
-    self.oversight = oversight.Oversight(settings.name, self.tokenizer, settings.log, settings.log_text,
-                                         settings.moderate)
+    self.oversight = oversight.Oversight(settings, self.tokenizer)
     self.making = making.Making(model, worker, settings.name, self.oversight)
     self.feedback = feedback.Feedback(settings.feedback) if settings.feedback else None
     self.requests = prometheus_client.Counter('llm_jax_requests', 'Requests by route and status',
@@ -77,7 +76,6 @@ class Server:
 
   async def chat_completions(self, request: Request):
     body = await self.body(request)
-    self.check_model(body)
     asked = protocol.chat(body, self.limit)
     ids = await self.conversation(asked)
     self.making.check_prompt(ids, asked.options, 'messages')
@@ -139,7 +137,6 @@ class Server:
 
   async def completions(self, request: Request):
     body = await self.body(request)
-    self.check_model(body)
     asked = protocol.completion(body, self.limit)
     encoded = iter(await self.making.encode([p for p in asked.prompts if isinstance(p, str)], 'prompt'))
     prompts = [next(encoded) if isinstance(p, str) else list(p) for p in asked.prompts]
@@ -192,7 +189,6 @@ class Server:
 
   async def embeddings(self, request: Request):
     body = await self.body(request)
-    self.check_model(body)
     given, form = protocol.embeddings(body)
     prompts = await self.making.encode(given, 'input')
     for ids in prompts:
@@ -206,7 +202,6 @@ class Server:
 
   async def tokenize(self, request: Request):
     body = await self.body(request)
-    self.check_model(body)
     text, add = body.get('prompt', body.get('text')), body.get('add_special_tokens', True)
     if body.get('messages') is not None:
       ids = await self.conversation(protocol.chat(dict(messages=body['messages']), self.limit))
@@ -218,7 +213,6 @@ class Server:
 
   async def detokenize(self, request: Request):
     body = await self.body(request)
-    self.check_model(body)
     ids = body.get('tokens')
     if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < self.tokenizer.vocab_size for i in ids):
       raise ApiError(f'tokens: expected ids from 0 to {self.tokenizer.vocab_size - 1}', 'tokens')
@@ -275,14 +269,16 @@ class Server:
     return JSONResponse(protocol.description(self.settings.name))
 
   async def body(self, request: Request) -> dict:
-    """The JSON object of a request, which may not be larger than settings.body."""
+    """The JSON object of a request, which may not be larger than settings.body, nor name another model."""
     parts, size = [], 0
     async for part in request.stream():
       parts.append(part)
       size += len(part)
       if size > self.settings.body:
         raise ApiError(f'the request has more than {self.settings.body:,} bytes', None, 413)
-    return protocol.parse_json(b''.join(parts))
+    body = protocol.parse_json(b''.join(parts))
+    self.check_model(body)
+    return body
 
   # The application ----------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 
 from starlette.requests import Request
 
@@ -13,39 +12,39 @@ from llm_jax.serve.protocol import ApiError
 
 
 class Oversight:
-  """log: a file, or ''. hook: f(kind, text) -> a reason, or None."""
+  """settings: app.Settings, whose log is a file, or '', and moderate f(kind, text) -> a reason, or None."""
 
-  def __init__(self, name: str, tokenizer, log: str, log_text: bool, hook: Callable | None):
-    self.name, self.tokenizer, self.log, self.log_text, self.hook = name, tokenizer, log, log_text, hook
+  def __init__(self, settings, tokenizer):
+    self.settings, self.tokenizer = settings, tokenizer
     self.key = os.urandom(32)              # hashes tell equal texts of one run apart from others, and nothing else
 
   async def refusal(self, kind: str, text: str) -> str:
     """Why a text must not pass, by the hook that was given: f(kind, text) -> a reason, or ''. kind: 'prompt' or
     'output'. Called in a thread; one that fails lets nothing pass."""
-    if self.hook is None:
+    if self.settings.moderate is None:
       return ''
     try:
-      return str(await asyncio.to_thread(self.hook, kind, text) or '')
+      return str(await asyncio.to_thread(self.settings.moderate, kind, text) or '')
     except Exception as e:
       return f'the moderation hook fails ({type(e).__name__})'
 
   async def check(self, texts) -> None:
     """Raises ApiError for a prompt that the hook refuses. Of a conversation it sees all that the model is to read."""
-    for text in texts if self.hook else ():
+    for text in texts if self.settings.moderate else ():
       if reason := await self.refusal('prompt', text):
         raise ApiError(f'the request was refused: {reason[:200]}', None, code='content_policy_violation')
 
   def note(self, request: Request, route: str, status: int, start: float, choices=()) -> None:
     """A line of the log, one for each request. A prompt and the texts are there as keyed hashes, unless text was asked
     for."""
-    if not self.log or getattr(request.state, 'noted', False):
+    if not self.settings.log or getattr(request.state, 'noted', False):
       return
     request.state.noted = True
     digest = lambda text: hmac.new(self.key, text.encode('utf-8', 'surrogatepass'), 'sha256').hexdigest()[:32]
-    written = (lambda text: text) if self.log_text else digest
+    written = (lambda text: text) if self.settings.log_text else digest
     key = request.headers.get('authorization', '')
     row = dict(time=round(time.time(), 3), route=route, status=status, seconds=round(time.perf_counter() - start, 4),
-               model=self.name, key=digest(key)[:8] if key else None)
+               model=self.settings.name, key=digest(key)[:8] if key else None)
     if choices:
       prompts = {id(c.request.ids): c.request.ids for c in choices}.values()          # each of them n times
       row |= dict(prompts=[written(self.tokenizer.decode(ids)) for ids in prompts],
@@ -53,7 +52,7 @@ class Oversight:
                   outputs=[written(c.text) for c in choices], reasons=[c.finish_reason for c in choices],
                   tokens=[len(c.request.tokens) for c in choices])
     try:
-      with open(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 'a', encoding='utf-8') as f:
+      with open(os.open(self.settings.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 'a', encoding='utf-8') as f:
         f.write(json.dumps(row) + '\n')                # JSON has no control characters: one line each
     except OSError as e:                               # a full disk must not end an answer
-      print(f'warning: {self.log}: {e.strerror}; a request was not logged', file=sys.stderr, flush=True)
+      print(f'warning: {self.settings.log}: {e.strerror}; a request was not logged', file=sys.stderr, flush=True)
