@@ -100,7 +100,8 @@ def load(path: pathlib.Path) -> HuggingFace:
   folder = path if path.is_dir() else path.parent
   file = path / 'tokenizer.json' if path.is_dir() else path
   if file.is_file():
-    return HuggingFace(file.read_bytes(), roles_of(folder, file.read_bytes()))
+    model = file.read_bytes()
+    return HuggingFace(model, roles_of(folder, json.loads(model)['added_tokens']))
   vocab, merges = sorted(folder.glob('*vocab.json')), sorted(folder.glob('*merges.txt'))
   if not (path.is_dir() and vocab and merges):
     raise ConfigError(f'config.tokenizer.path: expected a tokenizer.json, or a folder with one or with vocab.json and '
@@ -113,7 +114,7 @@ def load(path: pathlib.Path) -> HuggingFace:
   return HuggingFace(made.to_str().encode(), dict(bos='<|endoftext|>', eos='<|endoftext|>'))
 
 
-def roles_of(folder, model):
+def roles_of(folder: pathlib.Path, added: list[dict]) -> dict[str, str]:
   """Which tokens are bos, eos and pad: as the files beside a tokenizer.json say, else by their usual names."""
   said = {}
   for name in ('special_tokens_map.json', 'tokenizer_config.json'):
@@ -121,7 +122,7 @@ def roles_of(folder, model):
       said |= json.loads((folder / name).read_text())
   usual = dict(bos=('<s>', '<|begin_of_text|>', '<bos>'), pad=('<pad>', '<|pad|>', '[PAD]'),
                eos=('</s>', '<|end_of_text|>', '<eos>', '<|endoftext|>', '<|im_end|>'))
-  there = {token['content'] for token in json.loads(model)['added_tokens']}
+  there = {token['content'] for token in added}
   roles = {}
   for role, names in usual.items():
     token = said.get(role + '_token') if said else next((n for n in names if n in there), None)

@@ -67,7 +67,7 @@ def _with_ids(folder, tokenizer: HuggingFace) -> HuggingFace:
     return tokenizer
   with _readable(folder / 'config.json'):
     said = json.loads((folder / 'config.json').read_text()) if (folder / 'config.json').is_file() else {}
-  names = {i: token['content'] for token in json.loads(tokenizer.model)['added_tokens'] for i in (token['id'],)}
+  names = {token['id']: token['content'] for token in json.loads(tokenizer.model)['added_tokens']}
   roles = {role: names[said[f'{role}_token_id']] for role in ('bos', 'eos', 'pad')
            if type(said.get(f'{role}_token_id')) is int and said[f'{role}_token_id'] in names}
   return HuggingFace(tokenizer.model, roles | tokenizer.roles) if roles else tokenizer
@@ -378,7 +378,7 @@ def _tiktoken_folder(path):
     names.insert(9, '<|eot_id|>')
     added = [added_token(LLAMA3_RANKS + i, name, True) for i, name in enumerate(names)]
     return _tiktoken(ranks, LLAMA3, added, dict(bos=names[0], eos=names[1]))
-  return _tiktoken(ranks, PATTERNS[known], added, _roles(path.parent, added))
+  return _tiktoken(ranks, PATTERNS[known], added, hf.roles_of(path.parent, added))
 
 
 def _vocab_and_merges(folder, vocab_file, merges_file):
@@ -390,7 +390,7 @@ def _vocab_and_merges(folder, vocab_file, merges_file):
   if kind not in CLASSES or said.get('add_prefix_space'):
     raise ConfigError(f'{folder}: expected vocab.json and merges.txt of {", ".join(CLASSES)} without add_prefix_space, '
                       f'got {kind}; add its tokenizer.json')
-  roles = _roles(folder, added) if said else {}
+  roles = hf.roles_of(folder, added) if said else {}
   if not said and '<|endoftext|>' in vocab:
     roles = dict(bos='<|endoftext|>', eos='<|endoftext|>')
   return _byte_level(vocab, merges, *PRES[CLASSES[kind]], added, roles)
@@ -411,10 +411,6 @@ def _said(folder, vocab):
   return said, list(added.values())
 
 
-def _roles(folder, added):
-  return hf.roles_of(folder, json.dumps(dict(added_tokens=added)))
-
-
 def _extended(data, folder):
   """A SentencePiece model with the added tokens of its folder that lie after its pieces."""
   from sentencepiece import sentencepiece_model_pb2
@@ -428,7 +424,7 @@ def _extended(data, folder):
   for i in range(len(proto.pieces), max(more) + 1):
     kind = UNUSED if i not in more else CONTROL if more[i]['special'] else USER
     proto.pieces.add(piece=more[i]['content'] if i in more else f'[PAD{i}]', score=0., type=kind)
-  for role, name in _roles(folder, added).items():
+  for role, name in hf.roles_of(folder, added).items():
     setattr(proto.trainer_spec, f'{role}_piece', name)
   return proto.SerializeToString(deterministic=True)
 
