@@ -97,7 +97,6 @@ class Conversation:
           f'{", cut off" if request.reason != "stop" else ""}]', file=sys.stderr)
 
   def take_back(self, roles: tuple[str, ...]) -> bool:
-    """Removes the messages at the end that are of these roles."""
     before = len(self.messages)
     while self.messages and self.messages[-1]['role'] in roles:
       self.messages.pop()

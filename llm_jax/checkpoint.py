@@ -255,7 +255,6 @@ def find_to_resume(workdir, verify: bool = True) -> Step | None:
 
 
 def _only(path, step, items, verify) -> Step:
-  """find() for a step folder."""
   if not (path / 'meta.json').exists():
     raise ConfigError(f'{path}: not a run directory: expected checkpoints/ in it; give a --workdir of training or one '
                       'of its checkpoints/STEP folders')

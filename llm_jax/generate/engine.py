@@ -130,7 +130,6 @@ class Engine:
     return sum(slot.request is not None for slot in self.slots)
 
   def run(self) -> None:
-    """Until nothing is left to do."""
     while self.step():
       pass
 
@@ -390,7 +389,6 @@ class Engine:
   # Compiling ----------------------------------------------------------------------------------------------------------
 
   def lengths(self) -> list[int]:
-    """The lengths that the cache may have."""
     most = self.limit + self.plan.ahead
     return sorted({min(bucket(n, SHORTEST), most) for n in [SHORTEST << k for k in range(32)] if n <= 2 * most})
 

@@ -66,7 +66,6 @@ def unstack(cfg: config_lib.Model, params, kind: str = ''):
 
 
 def empty_cache(cfg: config_lib.Model, rows: int, length: int, kind: str = ''):
-  """Zeros for every layer."""
   B, K, H, S, dtype = rows, cfg.kv_heads, cfg.head_dim, length, compute_dtype(cfg.dtype)
   def zeros(*shape):
     return quantize.Quantized(jnp.zeros(shape, kind), jnp.zeros((B, K, S))) if kind else jnp.zeros(shape, dtype)
@@ -133,7 +132,6 @@ def admit(state, slot, row):
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def encode(cfg: config_lib.Model, params, state, slot, source_1S, segment_1S):
-  """Puts an encoder's output into a slot's memory."""
   memory_1SD = transformer.bind(cfg, params).encode(source_1S, segment_1S)
   return placed(state | dict(memory=state['memory'].at[slot].set(memory_1SD[0].astype(state['memory'].dtype)),
                              memory_segment=state['memory_segment'].at[slot].set(segment_1S[0])))

@@ -83,7 +83,6 @@ def green(mark: Watermark, hash_B, token_BV):
 
 
 def raise_green(mark: Watermark, logits_BV, before_BH):
-  """Logits with the green list raised."""
   token_1V = jnp.arange(logits_BV.shape[1])[None]
   return logits_BV + mark.raised * green(mark, context_hash(mark, before_BH), token_1V)
 

@@ -221,8 +221,7 @@ class Probe:
 
 
 def card(model: Loaded, architecture: str, dtype: str) -> str:
-  """The model card: what it is, what it was trained on, what is known of its limits; Markdown with the YAML header that
-  model hubs read."""
+  """The model card: what it is, what it was trained on, what is known of its limits."""
   shape, config = model.shape, model.config
   trained = not model.family or bool(config.init_from)
   data = config.data
@@ -259,7 +258,6 @@ FIGURES = {'loss/valid': 'loss per token, nats', 'eval/bits_per_byte': 'bits per
 
 
 def _evaluation(model: Loaded, trained: bool) -> list[str]:
-  """Lines on the run's last evaluation up to this step."""
   if not model.figures:
     return ['No evaluation was recorded.' if trained else 'See the original.']
   rows = [f'| {FIGURES.get(name, name)} | {value:.4f} |' for name, value in model.figures.items()

@@ -100,7 +100,6 @@ class Server:
     return JSONResponse(head | dict(choices=out, usage=usage(choices)))
 
   async def conversation(self, asked: protocol.Asked) -> list[int]:
-    """The messages as ids, by the model's template."""
     if not self.model.chat_template:
       raise ApiError('this model has no chat template; use /v1/completions', 'messages')
     self.making.check_size(sum(len(message['content']) for message in asked.messages), 'messages')
@@ -227,7 +226,6 @@ class Server:
         chat_template=self.model.chat_template, max_model_len=self.limit))
 
   async def rate(self, request: Request):
-    """What somebody thinks of an answer, where that is kept."""
     if self.feedback is None:
       raise ApiError('feedback is not kept here; start the server with --feedback=FILE', None, 404)
     body = await self.body(request)

@@ -74,8 +74,7 @@ class Feedback:
       yield
 
   def add(self, row: dict) -> None:
-    """Appends a line, which counts instead of an earlier one of the same answer. Raises ConfigError where the file is
-    full."""
+    """Appends a line, which counts instead of an earlier one of the same answer. ConfigError where the file is full."""
     texts = {name: redacted(x) for name, x in row.items() if name not in ('id', 'model')}
     line = written(row | texts | dict(time=round(time.time(), 3)))
     with self._locked(), open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), 'r+b') as f:

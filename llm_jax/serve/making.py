@@ -42,8 +42,7 @@ class Making:
   # Prompts ------------------------------------------------------------------------------------------------------------
 
   async def encode(self, texts: list[str], param: str, bounded: bool = True, begun: bool = True) -> list[list[int]]:
-    """Their ids, made beside the event loop. bounded: what cannot fit is refused; begun: with bos, where the model has
-    it."""
+    """Their ids, made beside the event loop. bounded: what cannot fit is refused; begun: with bos, if there is one."""
     if bounded:
       self.check_size(max(map(len, texts), default=0), param)
     t = self.tokenizer

@@ -19,8 +19,7 @@ class Oversight:
     self.key = os.urandom(32)              # hashes tell equal texts of one run apart from others, and nothing else
 
   async def refusal(self, kind: str, text: str) -> str:
-    """Why a text must not pass, by the hook that was given: f(kind, text) -> a reason, or ''. kind: 'prompt' or
-    'output'. Called in a thread; one that fails lets nothing pass."""
+    """Why a text must not pass, or ''. kind: 'prompt' or 'output'. A hook that fails lets nothing pass."""
     if self.settings.moderate is None:
       return ''
     try:
@@ -35,8 +34,7 @@ class Oversight:
         raise ApiError(f'the request was refused: {reason[:200]}', None, code='content_policy_violation')
 
   def note(self, request: Request, route: str, status: int, start: float, choices=()) -> None:
-    """A line of the log, one for each request. A prompt and the texts are there as keyed hashes, unless text was asked
-    for."""
+    """One line of the log for a request. Prompts and texts are there as keyed hashes, unless text was asked for."""
     if not self.settings.log or getattr(request.state, 'noted', False):
       return
     request.state.noted = True

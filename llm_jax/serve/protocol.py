@@ -31,7 +31,6 @@ class ApiError(Exception):
 
 
 def parse_json(data: bytes) -> dict:
-  """The object in a request's body."""
   depth = most = 0
   for bracket in BRACKETS.findall(STRINGS.sub(b'', data)):             # json itself would recurse
     depth += 1 if bracket in b'[{' else -1
@@ -350,7 +349,6 @@ KINDS = dict(messages='array', prompt=None, stop=None, logit_bias='object', stre
 
 
 def description(model: str) -> dict:
-  """The document at /openapi.json."""
   error = {'$ref': '#/components/schemas/Error'}
   answers = {'200': dict(description='The answer'), '4XX': dict(
       description='What is wrong', content={'application/json': dict(schema=error)})}
