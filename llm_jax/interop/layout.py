@@ -53,6 +53,10 @@ MLP = {'mlp.gate_proj.weight': 'mlp/w_gate_DF', 'mlp.up_proj.weight': 'mlp/w_up_
        'mlp.down_proj.weight': 'mlp/w_down_FD'}
 EXPERTS = {'mlp.gate.weight': 'mlp/w_router_DE', 'mlp.experts.{e}.gate_proj.weight': 'mlp/w_gate_EDF',
            'mlp.experts.{e}.up_proj.weight': 'mlp/w_up_EDF', 'mlp.experts.{e}.down_proj.weight': 'mlp/w_down_EFD'}
+MIXTRAL = {'block_sparse_moe.gate.weight': 'mlp/w_router_DE',
+           'block_sparse_moe.experts.{e}.w1.weight': 'mlp/w_gate_EDF',
+           'block_sparse_moe.experts.{e}.w3.weight': 'mlp/w_up_EDF',
+           'block_sparse_moe.experts.{e}.w2.weight': 'mlp/w_down_EFD'}
 NORMS = {'input_layernorm': 'norm_attention', 'post_attention_layernorm': 'norm_mlp'}
 QK_NORMS = {'self_attn.q_norm.weight': 'attention/norm_q/scale_{q}',
             'self_attn.k_norm.weight': 'attention/norm_k/scale_{k}'}
@@ -94,8 +98,7 @@ def names(family: str, m: Model) -> tuple[str, dict[str, str], str, dict[str, st
     mlp = {'mlp.c_fc.weight': 'mlp/w_up_DF', 'mlp.c_fc.bias': 'mlp/b_up_F', 'mlp.c_proj.weight': 'mlp/w_down_FD',
            'mlp.c_proj.bias': 'mlp/b_down_D'}
   if family == 'mixtral':
-    mixtral = dict(gate_proj='w1', up_proj='w3', down_proj='w2')
-    mlp = {_replaced(theirs.replace('mlp.', 'block_sparse_moe.'), mixtral): ours for theirs, ours in EXPERTS.items()}
+    mlp = MIXTRAL
   elif m.experts:
     mlp = EXPERTS
   if m.qk_norm != 'none':
@@ -103,12 +106,6 @@ def names(family: str, m: Model) -> tuple[str, dict[str, str], str, dict[str, st
     attention = attention | {theirs: ours.format(q=q, k=k) for theirs, ours in QK_NORMS.items()}
   return 'model.', {'embed_tokens.weight': 'embed_VD'} | both({'norm': 'norm_final'}), 'model.layers.{i}.', (
       both(norms) | attention | mlp)
-
-
-def _replaced(text, words):
-  for old, new in words.items():
-    text = text.replace(old, new)
-  return text
 
 
 def hf_links(family: str, m: Model, shared_norm: bool = False) -> Iterator[Link]:

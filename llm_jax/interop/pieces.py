@@ -105,20 +105,12 @@ def as_pieces(tokenizer: HuggingFace, size: int) -> dict | None:
   made = [''.join(merge) for merge in merges]
   if set(merges) != set(merges_of(scores)) or made != sorted(made, key=rank.get):
     return None                                     # SentencePiece joins whatever makes a piece
-  unknown = vocab.get(model.get('unk_token') or '<unk>')
-  by_id = {i: token for token, i in vocab.items()}
-  def kind(i):
-    if i not in by_id:
-      return UNUSED
-    if i == unknown:
-      return UNKNOWN
-    if i in added:
-      return CONTROL if added[i]['special'] else USER
-    return BYTE if BYTE_PIECE.fullmatch(by_id[i]) else NORMAL
-  ids = range(size)
-  if unknown is None:
+  if (unknown := vocab.get(model.get('unk_token') or '<unk>')) is None:
     return None
-  return dict(tokens=[by_id.get(i, f'[PAD{i}]') for i in ids], token_type=[kind(i) for i in ids],
+  by_id, ids = {i: token for token, i in vocab.items()}, range(size)
+  types = {i: BYTE if BYTE_PIECE.fullmatch(token) else NORMAL for i, token in by_id.items()}
+  types |= {i: CONTROL if token['special'] else USER for i, token in added.items()} | {unknown: UNKNOWN}
+  return dict(tokens=[by_id.get(i, f'[PAD{i}]') for i in ids], token_type=[types.get(i, UNUSED) for i in ids],
               scores=[scores.get(by_id.get(i), 0.0) for i in ids], add_space_prefix=space, unknown_token_id=unknown)
 
 
