@@ -3,9 +3,10 @@
 Weights stream from the files to the devices that hold them: a leaf's buffers are filled tensor by tensor and become its
 array, so the host never holds more than the model once and one tensor.
 """
+import collections
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -193,37 +194,30 @@ def match(links: list[layout.Link], there: dict, where: str) -> list[layout.Link
   return links
 
 
-def place(links: Iterable[layout.Link], read: Callable[[str], np.ndarray], kinds: dict[str, np.dtype],
+def place(links: list[layout.Link], read: Callable[[str], np.ndarray], kinds: dict[str, np.dtype],
           model: config_lib.Model, mesh) -> dict:
   """The nested dict of parameters. Matrices stay in bfloat16 where the file has them so and the model computes in it;
   everything else is float32, which holds the rest of what files have exactly."""
   half, shapes = compute_dtype(model.dtype) == 'bfloat16', layout.leaf_shapes(model)
-  counts, by_leaf = {}, {}
-  for link in links:
-    for part in link.parts:
-      counts[part.leaf] = counts.get(part.leaf, 0) + 1
-      by_leaf.setdefault(part.leaf, []).append(link)
+  counts = collections.Counter(part.leaf for link in links for part in link.parts)
+  order = {leaf: i for i, leaf in enumerate(counts)}
   tree = checkpoint_lib.nest({leaf: jax.ShapeDtypeStruct(shape, np.float32) for leaf, shape in shapes.items()})
   if mesh is None:
     shardings = dict.fromkeys(shapes, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
   else:
     shardings = checkpoint_lib.flat(sharding_lib.named(mesh, sharding_lib.param_specs(tree, mesh)))
-  done, buffers, out = set(), {}, {}
-  for leaf in by_leaf:
-    for link in by_leaf[leaf]:
-      if link.name in done:
-        continue
-      done.add(link.name)
-      keep = half and kinds[link.name] == hf.DTYPES['BF16']
-      for part, piece in zip(link.parts, link.split(read(link.name))):
-        if part.leaf not in buffers:
-          matrix = len(part.shape) > 1 and not part.leaf.rpartition('/')[2].startswith(('scale', 'b_', 'w_router'))
-          buffers[part.leaf] = Shards(shapes[part.leaf], hf.DTYPES['BF16'] if keep and matrix else np.float32,
-                                      shardings[part.leaf])
-        buffers[part.leaf].fill(part.place, piece)
-        counts[part.leaf] -= 1
-        if not counts[part.leaf]:
-          out[part.leaf] = buffers.pop(part.leaf).array()
+  buffers, out = {}, {}
+  for link in sorted(links, key=lambda link: min(order[part.leaf] for part in link.parts)):      # leaf after leaf
+    keep = half and kinds[link.name] == hf.DTYPES['BF16']
+    for part, piece in zip(link.parts, link.split(read(link.name))):
+      if part.leaf not in buffers:
+        matrix = len(part.shape) > 1 and not part.leaf.rpartition('/')[2].startswith(('scale', 'b_', 'w_router'))
+        buffers[part.leaf] = Shards(shapes[part.leaf], hf.DTYPES['BF16'] if keep and matrix else np.float32,
+                                    shardings[part.leaf])
+      buffers[part.leaf].fill(part.place, piece)
+      counts[part.leaf] -= 1
+      if not counts[part.leaf]:
+        out[part.leaf] = buffers.pop(part.leaf).array()
   return checkpoint_lib.nest(out)
 
 
