@@ -8,7 +8,7 @@ optimizer and schedule; the initial weights are drawn as everywhere here, not al
 
 The text comes from tfds (tiny_shakespeare, downloaded once), or from a file, split 90/10 as nanoGPT does:
   --config.data.source=text --config.data.path=input.txt --config.data.valid=tail
-nanoGPT's validation losses: 1.88 (cpu), 1.4697 (gpu). Here, means of 3 seeds: 1.7799 (cpu), 1.5370 (cpu_ours, in 0.91
+nanoGPT's validation losses: 1.88 (cpu), 1.4697 (gpu). Here, means of 3 seeds: 1.7799 (cpu), 1.5392 (cpu_ours, in 0.92
 of the time of nanoGPT's recipe in PyTorch); with a tenth of the gpu size's steps once 1.7394 (gpu) and 1.4739
 (gpu_ours). All its steps were not run. On a CPU give it train.accumulate=16: with dropout the automatic number is 1.
 `python -m llm_jax.bench learn --text=input.txt --recipe=cpu,cpu_ours --peer=torch` compares them.
