@@ -1,4 +1,5 @@
 """Products in float8: how near they come, what a step holds of them, and that they learn."""
+import dataclasses
 import functools
 
 import jax
@@ -12,6 +13,8 @@ from llm_jax.config import ConfigError
 from llm_jax.models import fp8, layers, quantize, transformer
 from llm_jax.train import optimizer, step
 
+MODEL = config_lib.derive(config_lib.Model(vocab_size=64, layers=1, width=64, heads=4, max_length=32, mlp='swiglu',
+                                           dtype='bfloat16', fp8=True, remat='none'))
 SPECS = {'BTD,DNH->BTNH': [(64, 4, 16), (64, 2, 16)], 'BTNH,NHD->BTD': [(4, 16, 64)], 'BTD,DF->BTF': [(64, 96)] * 2}
 
 
@@ -69,20 +72,39 @@ def test_machines_without_it_are_told(platform, capability, fine):
     fp8.check(platform, capability)
 
 
-def test_a_step_for_a_gpu_holds_three_products_in_float8_for_each_matrix_of_a_layer():
-  model = config_lib.derive(config_lib.Model(vocab_size=64, layers=1, width=64, heads=4, max_length=32, mlp='swiglu',
-                                             dtype='bfloat16', fp8=True, remat='none'))
-  cfg = config_lib.Config(model=model, data=config_lib.Data(length=32), train=config_lib.Train(batch_size=4))
+def step_of(model, **train):
+  """(a train step, its state and batch as shapes)."""
+  cfg = config_lib.Config(model=model, data=config_lib.Data(length=32), train=config_lib.Train(batch_size=4, **train))
   tx = optimizer.make(cfg.optimizer, jax.eval_shape(lambda: transformer.init(model, jax.random.key(0))))
   state = jax.eval_shape(lambda key: step.init_state(cfg, model, tx, key), jax.random.key(0))
   batch = {name: jax.ShapeDtypeStruct((4, 32), dtype) for name, dtype in
            dict(token_BT=jnp.int32, target_BT=jnp.int32, mask_BT=jnp.float32).items()}
-  traced = jax.jit(step.make_train_step(cfg, model, tx, 'xla', 1)).trace(state, batch)
+  return step.make_train_step(cfg, model, tx, 'xla'), state, batch
+
+
+def test_a_step_for_a_gpu_holds_three_products_in_float8_for_each_matrix_of_a_layer():
+  train_step, state, batch = step_of(MODEL)
+  traced = jax.jit(train_step).trace(state, batch)
   products = [line for line in traced.lower(lowering_platforms=('cuda',)).as_text().splitlines()
               if 'stablehlo.dot_general' in line]
   kinds = [tuple(kind in line for kind in ('f8E4M3FN', 'f8E5M2')) for line in products]
   matrices = 7                                              # q, k, v, out, up, gate, down
   assert kinds.count((True, False)) == matrices and kinds.count((True, True)) == 2 * matrices
+  assert not any('f32' in line for line, kind in zip(products, kinds) if any(kind))       # nothing wide is written
+
+
+@pytest.mark.parametrize('remat', ['dots', 'full'])
+def test_recomputation_and_microbatches_change_little(remat):
+  """Each microbatch has scales of its own."""
+  found = []
+  for how, accumulate in (('none', 1), (remat, 2)):
+    train_step, state, batch = step_of(dataclasses.replace(MODEL, remat=how, dtype='float32'), accumulate=accumulate)
+    draw = lambda x: jax.random.randint(jax.random.key(x.size), x.shape, 0, 64).astype(x.dtype)
+    values = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state) | {
+        'params': transformer.init(MODEL, jax.random.key(0))}
+    found.append(jax.jit(train_step)(values, jax.tree.map(draw, batch) | {'mask_BT': jnp.ones((4, 32))})[1])
+  for name in ('loss/train', 'grads/norm'):
+    np.testing.assert_allclose(found[1][name], found[0][name], rtol=0.03)
 
 
 def test_a_run_learns_as_well_goes_on_without_and_is_evaluated_without(tmp_path, capsys):
