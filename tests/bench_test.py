@@ -12,8 +12,10 @@ import pytest
 import serving
 
 from llm_jax.bench import __main__ as bench
-from llm_jax.bench import growing, torch_peer, training
+from llm_jax.bench import growing, token_batch, torch_peer, training
+from llm_jax.config import ConfigError
 from llm_jax.models import transformer
+from llm_jax.train import explain
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FLAGS = ['train', '--layers=1', '--width=64', '--length=32', '--batch=2', '--rounds=2', '--steps=1']
@@ -135,6 +137,29 @@ def test_a_peer_that_fails_does_not_take_the_others_along(capsys, monkeypatch, t
   bench.main([*FLAGS, '--peer=torch'])
   out = capsys.readouterr().out
   assert re.search('^torch eager ended with 1: .*MemoryError: no room$', out, re.M) and out.count('ours/this') == 1
+
+
+def test_a_contestant_that_ends_between_its_turns_says_so(tmp_path):
+  flags = argparse.Namespace(layers=1, width=64, length=32, batch=2, vocab=65, remat='none', dtype='auto', fp8=False,
+                             unroll=True, loss_chunk=0)
+  run = training.Process('llm_jax', training.sizes_of(flags), str(tmp_path))
+  try:
+    assert run.ask('run 1') > 0
+    run.process.kill()
+    run.process.wait()
+    with pytest.raises(ConfigError, match='^llm_jax ended with -9'):
+      run.ask('run 1')
+  finally:
+    run.end()
+
+
+def test_a_profile_that_holds_nothing_costs_only_its_table(monkeypatch):
+  flags = argparse.Namespace(layers=1, width=64, length=32, batch=2, vocab=65, remat='none', dtype='auto', fp8=False,
+                             unroll=True, loss_chunk=0)
+  ours = training.Ours(flags, token_batch(flags))
+  monkeypatch.setattr(explain, 'parts_of', lambda *a: {})
+  rows, seconds = ours.explain(1)
+  assert seconds > 0 and rows[0][0] == 'not explained' and 'no operation of the step' in rows[0][1]
 
 
 def test_the_peer_computes_our_loss_and_learns_as_we_do():

@@ -206,6 +206,26 @@ def test_an_unusable_step_changes_no_bit_and_is_counted(how):
     assert bits(again['params']) != bits(after['params'])
 
 
+def test_a_compiled_step_without_what_the_banner_says_is_refused(monkeypatch):
+  """As training and bench compile it: an attention kernel, products in float8."""
+  def compile_one(**more):
+    cfg = config(model=more)
+    model = config_lib.derive(cfg.model, V, T)
+    tx = optimizer_lib.make(cfg.optimizer, tiny.shapes(model))
+    state = jax.eval_shape(lambda key: step_lib.init_state(cfg, model, tx, key), jax.random.key(0))
+    return step_lib.compile_train_step(cfg, model, tx, 'xla', 1, state, batch_of())
+  made = compile_one(remat='none')
+  assert made.remat == 'none' and 0 < made.lower_s < made.seconds
+  monkeypatch.setattr(step_lib.hlo, 'products_in_float8', lambda text: 0)
+  with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='no product in float8.*fp8=False'):
+    patch.setattr(jax, 'default_backend', lambda: 'gpu')
+    patch.setattr(step_lib.attention, 'capability', lambda: 9.0)
+    compile_one(fp8=True)
+  monkeypatch.setitem(step_lib.attention.MARKS, 'xla', ('no such call',))
+  with pytest.raises(RuntimeError, match="attention does not run by 'xla'"):
+    compile_one()
+
+
 def test_one_program_for_every_step():
   """Also from the real initial state, whose arrays must not be of weak type."""
   init, _ = compiled(HARD)

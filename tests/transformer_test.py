@@ -13,7 +13,7 @@ from tiny import model, params, quick_jit, shapes, tokens
 
 from llm_jax import sharding
 from llm_jax.config import ConfigError, Mesh
-from llm_jax.models import layers, transformer
+from llm_jax.models import layers, quantize, transformer
 from llm_jax.planner import program
 
 FAMILIES = {
@@ -364,6 +364,26 @@ def test_a_norms_gradient_is_that_of_its_definition(layer, axes, learned):
   want, pull_plain = jax.vjp(plain, x, scale)
   np.testing.assert_allclose(out, want, atol=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), pull(g), pull_plain(g))
+
+
+def test_products_in_a_wider_dtype_and_gates_have_the_gradients_of_their_definitions():
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+  wide = lambda *a: [x.astype(jnp.float32) for x in a]
+  for spec, x, w, g in (('BTD,VD->BTV', draw(2, 4, 16), draw(8, 16), draw(2, 4, 8)),
+                        ('BKGTH,BKSH->BKGTS', draw(2, 2, 3, 4, 16), draw(2, 2, 5, 16), draw(2, 2, 3, 4, 5))):
+    out, pull = jax.vjp(lambda x, w, spec=spec: quantize.einsum(spec, x, w, jnp.float32), x, w)
+    want, pull_wide = jax.vjp(lambda x, w, spec=spec: jnp.einsum(spec, x, w), *wide(x, w))
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, want, atol=1e-4)
+    for got, exact in zip(pull(*wide(g)), pull_wide(*wide(g))):
+      np.testing.assert_allclose(got.astype(jnp.float32), exact, atol=0.02 * float(jnp.abs(exact).max()))
+  h, gate, g = wide(draw(2, 4, 8), draw(2, 4, 8), draw(2, 4, 8))
+  for kind in ('swiglu', 'geglu'):
+    got, want = (jax.vjp(f, h, gate) for f in (functools.partial(layers.gated, kind),
+                                               lambda h, gate, kind=kind: h * layers.ACTIVATIONS[kind](gate)))
+    for a, b in zip((got[0], *got[1](g)), (want[0], *want[1](g))):
+      np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 @pytest.mark.parametrize('more, bytes_per_width', [

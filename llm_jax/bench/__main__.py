@@ -16,7 +16,8 @@
   python -m llm_jax.bench grow [--out=FILE.svg]               a step's time and memory against depth, width, context and
                                                               batch; what the host spends on one
 
-Rounds alternate between ours and the peer's, so that a machine whose speed drifts slows both; medians are printed.
+Rounds alternate between ours and the peer's, so that a machine whose speed drifts slows both (train on an accelerator:
+each has it alone, twice); medians are printed.
 Results that were kept are in docs/benchmarks.md. The peer needs the `parity` extra.
 """
 import importlib
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--peer', choices=('none', 'torch'), default='none')
   parser.add_argument('--compiled', action='store_true', help='also torch.compile (slow to start)')
   parser.add_argument('--remat', default='auto', choices=('auto', 'none', 'dots', 'full'),
-                      help='of train, compile and grow (auto: none)')
+                      help='of train and compile (auto: the least that fits) and grow (auto: none)')
   parser.add_argument('--explain', action='store_true', help="of train: where a step's time goes, by part")
   parser.add_argument('--model', help='that decode and serve run')
   parser.add_argument('--streams', type=int, default=32, help='of decode and serve, at the same time')
@@ -46,7 +47,8 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--cache', choices=('int8',), default='', help='of decode')
   parser.add_argument('--text', help='a file whose perplexity decode prints, from which learn learns, that load reads')
   parser.add_argument('--out', help='an .svg that grow draws')
-  parser.add_argument('--recipe', default='cpu', help='of configs/shakespeare_char.py, for learn; several: cpu,gpu')
+  parser.add_argument('--recipe', default='cpu', help='of configs/shakespeare_char.py, for learn; several: '
+                      "gpu,gpu_ours; the peer has the first's sizes")
   parser.add_argument('--learn_steps', type=int, default=2000, help='of learn')
   parser.add_argument('--mb', type=int, default=400, help='of the state that save writes')
   parser.add_argument('--dtype', default='auto', choices=('auto', 'float32', 'bfloat16'))

@@ -66,7 +66,12 @@ def run_alone(command: list[str], folder: pathlib.Path) -> tuple[str, float]:
   env.pop('JAX_COMPILATION_CACHE_DIR', None)
   with open(folder / 'said', 'w+') as said, open(folder / 'errors', 'w+') as errors:
     running = subprocess.Popen(command, env=env, stdout=said, stderr=errors)
-    _, status, usage = os.wait4(running.pid, 0)
+    try:
+      _, status, usage = os.wait4(running.pid, 0)
+    except BaseException:
+      running.kill()
+      running.wait()
+      raise
     running.returncode = os.waitstatus_to_exitcode(status)
     said.seek(0), errors.seek(0)
     if running.returncode:

@@ -11,7 +11,8 @@ class Step:
   def __init__(self, model, groups, dtype: str, compiled: bool):
     self.torch = torch = import_torch()
     self.device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    self.model, self.half = model.to(self.device), self.device == 'cuda' and dtype != 'float32'
+    self.half = self.device == 'cuda' and dtype != 'float32' and torch.cuda.get_device_capability()[0] >= 8   # as ours
+    self.model = model.to(self.device)
     self.optimizer = torch.optim.AdamW(groups(self.model), lr=1e-3, betas=(0.9, 0.99), fused=True)
     self.compiled = torch.compile(self._loss_of) if compiled else self._loss_of
     if self.device == 'cuda':

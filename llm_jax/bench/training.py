@@ -1,6 +1,7 @@
 """bench train: the step that training runs, beside the same model in PyTorch and the machine's limit. Each is in a
 process of its own; they take turns."""
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -77,7 +78,10 @@ class Ours:
       explain.start(folder)
       seconds = seconds_of(lambda: self.run(steps)) / steps
       jax.profiler.stop_trace()
-      found = explain.read(folder, self.step.as_text(), steps, seconds, 0.0, *explain.limits())
+      try:
+        found = explain.read(folder, self.step.as_text(), steps, seconds, 0.0, *explain.limits())
+      except ValueError as e:
+        return [[('not explained', str(e), '', '')], seconds]
     return [explain.rows(found), seconds]
 
 
@@ -115,10 +119,16 @@ class Process:
     self.which, self.errors = which, tempfile.TemporaryFile('w+', dir=folder)
     self.process = subprocess.Popen([sys.executable, '-c', program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                     stderr=self.errors, text=True, env=env)
-    self.about = self._answer()
+    try:
+      self.about = self._answer()
+    except BaseException:
+      self.process.kill()
+      self.end()
+      raise
 
   def ask(self, what: str):
-    print(what, file=self.process.stdin, flush=True)
+    with contextlib.suppress(BrokenPipeError):       # it has ended: the answer will say how
+      print(what, file=self.process.stdin, flush=True)
     return self._answer()
 
   def _answer(self):
@@ -131,9 +141,14 @@ class Process:
     raise ConfigError(f'{self.which} ended with {code}: {" ".join(said[-3:])[-400:]}')
 
   def end(self) -> None:
-    self.process.stdin.close()       # which ends it
+    with contextlib.suppress(BrokenPipeError):
+      self.process.stdin.close()     # which ends it
+    try:
+      self.process.wait(60)
+    except subprocess.TimeoutExpired:
+      self.process.kill()
+      self.process.wait()
     self.process.stdout.close()
-    self.process.wait()
     self.errors.close()
 
 
@@ -166,10 +181,13 @@ def train(flags) -> None:
               raise
             print(f'{e}', flush=True)
             del seconds[name]                    # the others go on
+            if name in running:
+              running.pop(name).end()
             continue
           if alone:
             print(f'{name:>24}  turn {turn + 1}: {tokens / statistics.median(seconds[name]):,.0f} tok/s', flush=True)
-            running.pop(name).end()
+            running[name].end()
+            del running[name]
     finally:
       for run in running.values():
         run.end()

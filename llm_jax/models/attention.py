@@ -224,7 +224,7 @@ MARKS = dict(cudnn=(r'__cudnn\$fmhaSoftmax\b', r'__cudnn\$fmhaSoftmaxBackward'),
 
 def verify(kernel: str, step) -> None:
   """Raises RuntimeError where a compiled train step (or any program's text) does not hold the kernel that the banner
-  names, forward and backward: it would train all the same, at half the speed."""
+  names (cuDNN's forward and backward): it would train all the same, at half the speed."""
   if kernel not in MARKS:
     return
   text = step if isinstance(step, str) else step.as_text()

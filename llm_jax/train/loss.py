@@ -40,7 +40,7 @@ def _softmax_fwd(logits_BTV, target_BT):
   most_BT1 = logits_BTV.max(-1, keepdims=True)
   log_sum_BT1 = jnp.log(jnp.exp(logits_BTV - most_BT1).sum(-1, keepdims=True))
   picked_BT = jnp.where(_is_target(logits_BTV, target_BT), logits_BTV, 0).sum(-1)
-  hit_BT = (picked_BT == most_BT1[..., 0]) / (logits_BTV == most_BT1).sum(-1)
+  hit_BT = (picked_BT == most_BT1[..., 0]) / jnp.maximum((logits_BTV == most_BT1).sum(-1), 1)      # nan: no hit
   return ((log_sum_BT1 + most_BT1)[..., 0], picked_BT, hit_BT), (logits_BTV, target_BT, most_BT1, log_sum_BT1)
 
 
@@ -113,7 +113,7 @@ def chunked_cross_entropy(x_BTD: jax.Array, w_VD: jax.Array, logits_fn: Callable
   (most_BT, ties_BT, sum_BT, picked_BT, total_BT), _ = jax.lax.scan(
       jax.checkpoint(body, prevent_cse=False), start, (w_XVD, split(jnp.arange(V, dtype=jnp.int32), V)))
   logsumexp_BT = most_BT + jnp.log(sum_BT)
-  hit_BT = (picked_BT == most_BT) / ties_BT
+  hit_BT = (picked_BT == most_BT) / jnp.maximum(ties_BT, 1)
   return _add_up(logsumexp_BT - picked_BT, logsumexp_BT, logsumexp_BT - total_BT / V, hit_BT, mask_BT, z_loss,
                  label_smoothing)
 

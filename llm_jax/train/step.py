@@ -211,7 +211,8 @@ def make_train_step(cfg: config_lib.Config, model: config_lib.Model, tx: optax.G
 
 
 class Compiled(NamedTuple):
-  """A train step as it runs: the remat in use and why, seconds of tracing and lowering, and of all its making."""
+  """A train step as it runs: the remat in use and why, seconds of tracing and lowering, and of all its making, where
+  several were tried of them together."""
   step: jax.stages.Compiled
   remat: str
   why: str
@@ -225,22 +226,21 @@ def compile_train_step(cfg: config_lib.Config, model: config_lib.Model, tx, kern
   fits (remat.lightest). shardings: of the state that it returns. Raises RuntimeError where the program does not hold
   what the banner says: this kernel, products in float8."""
   def compiled(remat):
-    start = time.perf_counter()
+    before = time.perf_counter()
     step = make_train_step(cfg, dataclasses.replace(model, remat=remat), tx, kernel, accumulate)
     lowered = jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None),
                       compiler_options=layers.compiler_options()).lower(state, batch)
-    spent.append(time.perf_counter() - start)
-    step = lowered.compile()
-    spent.append(time.perf_counter() - start)
-    return step
+    lowering.append(time.perf_counter() - before)
+    return lowered.compile()
 
-  spent = []
+  start, lowering = time.perf_counter(), []
   step, remat, why = remat_lib.lightest(compiled, model.remat)
+  seconds = time.perf_counter() - start
   attention.verify(kernel, step)
   if model.fp8 and jax.default_backend() == 'gpu' and not hlo.products_in_float8(step.as_text()):
     raise RuntimeError('the compiled step has no product in float8, though model.fp8 is on; --config.model.fp8=False '
                        'trains without; please report the versions of jax and jaxlib')
-  return Compiled(step, remat, why, *spent[-2:])
+  return Compiled(step, remat, why, sum(lowering), seconds)
 
 
 def move_biases(params, loads, rate: float):
