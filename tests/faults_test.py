@@ -219,6 +219,8 @@ def test_T2_T3_T4_a_real_run_goes_back_to_its_newest_sound_step_and_ends_as_if_n
 def test_T5_a_failed_asynchronous_write_ends_the_run_at_the_latest_at_the_next_save(flags, tmp_path):
   process = runs.start(flags(train__steps=100_000, checkpoint__every=50))
   runs.wait_for(process, r'step +120/')
+  while not (tmp_path / 'run' / 'checkpoints' / '100' / 'manifest.json').exists():        # on a busy machine
+    time.sleep(0.01)
   resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))       # the disk's "no", from here on
   out, error = runs.finish(process, 2)
   error = error.splitlines()[-1]                  # TensorStore may print before it what became of its other writes
