@@ -21,6 +21,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 FLAGS = ['train', '--layers=1', '--width=64', '--length=32', '--batch=2', '--rounds=2', '--steps=1']
 
 
+def sizes(layers: int, batch: int):
+  return argparse.Namespace(layers=layers, width=64, length=32, batch=batch, vocab=65, remat='none', dtype='float32',
+                            fp8=False, unroll=True, loss_chunk=0)
+
+
 def test_ours_beside_the_limit(capsys):
   bench.main(FLAGS)
   out = capsys.readouterr().out
@@ -140,8 +145,7 @@ def test_a_peer_that_fails_does_not_take_the_others_along(capsys, monkeypatch, t
 
 
 def test_a_contestant_that_ends_between_its_turns_says_so(tmp_path):
-  flags = argparse.Namespace(layers=1, width=64, length=32, batch=2, vocab=65, remat='none', dtype='auto', fp8=False,
-                             unroll=True, loss_chunk=0)
+  flags = sizes(layers=1, batch=2)
   run = training.Process('llm_jax', training.sizes_of(flags), str(tmp_path))
   try:
     assert run.ask('run 1') > 0
@@ -154,8 +158,7 @@ def test_a_contestant_that_ends_between_its_turns_says_so(tmp_path):
 
 
 def test_a_profile_that_holds_nothing_costs_only_its_table(monkeypatch):
-  flags = argparse.Namespace(layers=1, width=64, length=32, batch=2, vocab=65, remat='none', dtype='auto', fp8=False,
-                             unroll=True, loss_chunk=0)
+  flags = sizes(layers=1, batch=2)
   ours = training.Ours(flags, token_batch(flags))
   monkeypatch.setattr(explain, 'parts_of', lambda *a: {})
   rows, seconds = ours.explain(1)
@@ -164,8 +167,7 @@ def test_a_profile_that_holds_nothing_costs_only_its_table(monkeypatch):
 
 def test_the_peer_computes_our_loss_and_learns_as_we_do():
   torch = pytest.importorskip('torch', reason="the peer needs pip install -e '.[parity]'")
-  flags = argparse.Namespace(layers=2, width=64, length=32, batch=4, vocab=65, remat='none', dtype='float32', fp8=False,
-                             unroll=True, loss_chunk=0)
+  flags = sizes(layers=2, batch=4)
   token_BT = np.random.default_rng(0).integers(0, 65, (4, 33), dtype=np.int32)
   ours, peer = training.Ours(flags, token_BT), torch_peer.Torch(training.model_of(flags), token_BT, False)
   params = jax.tree.map(np.asarray, ours.state['params'])

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--peer', choices=('none', 'torch'), default='none')
   parser.add_argument('--compiled', action='store_true', help='also torch.compile (slow to start)')
   parser.add_argument('--remat', default='auto', choices=('auto', 'none', 'dots', 'full'),
-                      help='of train and compile (auto: the least that fits) and grow (auto: none)')
+                      help='of train and compile (auto: the lightest that fits) and grow (auto: none)')
   parser.add_argument('--explain', action='store_true', help="of train: where a step's time goes, by part")
   parser.add_argument('--model', help='that decode and serve run')
   parser.add_argument('--streams', type=int, default=32, help='of decode and serve, at the same time')
@@ -54,9 +54,9 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--dtype', default='auto', choices=('auto', 'float32', 'bfloat16'))
   parser.add_argument('--scan', dest='unroll', action='store_false',
                       help='of train, compile and grow: a loop over the layers, which compiles sooner')
-  parser.add_argument('--fp8', action='store_true', help="of train and compile: the layers' products in float8")
+  parser.add_argument('--fp8', action='store_true', help="of train, compile and grow: the layers' products in float8")
   parser.add_argument('--loss_chunk', type=int, default=0,
-                      help='of train and compile: entries of the vocabulary at a time, as train.loss_chunk; 0: all')
+                      help='of the same: entries of the vocabulary at a time, as train.loss_chunk; 0: all')
   for name, value in SIZES.items():
     parser.add_argument(f'--{name}', type=int, default=value)
   with config_lib.one_line_errors('--debug' in argv):
